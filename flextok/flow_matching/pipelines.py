@@ -1,0 +1,157 @@
+"""Sampling: from noise to latents along the velocity that the decoder predicts."""
+
+from typing import Callable, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+from tqdm.auto import tqdm
+
+from ..model.preprocessors.patching import PatchEmbedder
+from ..model.utils.posembs import PositionalEmbeddingAdder
+from ..utils.batching import dense_batches
+from ..utils.modules import evaluating
+
+APG_MOMENTUM = -0.5
+APG_NORM_THRESHOLD = 2.5
+
+Sizes = Union[int, Tuple[int, int], Sequence[Union[int, Tuple[int, int]]]]
+
+
+class AdaptiveProjectedGuidance:
+    """APG (arXiv 2410.02416, algorithm 1) with eta 0: one instance per sampling call."""
+
+    def __init__(self):
+        self.running = 0.0
+
+    def __call__(self, v_cond: torch.Tensor, v_uncond: torch.Tensor, scale: float) -> torch.Tensor:
+        self.running = (v_cond - v_uncond) + APG_MOMENTUM * self.running
+        dims = tuple(range(1, v_cond.ndim))
+        norm = torch.linalg.vector_norm(self.running, dim=dims, keepdim=True)
+        difference = self.running * (APG_NORM_THRESHOLD / norm.clamp(min=1e-12)).clamp(max=1.0)
+        direction = v_cond.double()
+        direction = direction / torch.linalg.vector_norm(direction, dim=dims, keepdim=True).clamp(min=1e-12)
+        parallel = (difference.double() * direction).sum(dim=dims, keepdim=True) * direction
+        return v_cond + (scale - 1) * (difference.double() - parallel).to(v_cond.dtype)
+
+
+class MinRFPipeline:
+    """Euler sampler of a rectified flow (arXiv 2209.03003), from noise at t = 1 to latents at t = 0.
+
+    Args:
+        model: The decoder: predicts the velocity (noise - clean).
+        noise_read_key: Start noise [B, C, h, w], if the data_dict has it; otherwise it is drawn from `generator`.
+        target_sizes_read_key: Sizes of the latents, (h, w) per image; None: the `vae_image_sizes` of the call.
+        latents_read_key: The condition; gives the number of images.
+        timesteps_read_key, noised_images_read_key, reconst_write_key: Where the decoder reads t and x_t, and writes
+            the velocity; the sampled latents end under reconst_write_key.
+        out_channels: C.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        noise_read_key: Optional[str] = "flow_noise",
+        target_sizes_read_key: Optional[str] = None,
+        latents_read_key: str = "enc_registers_quant",
+        timesteps_read_key: str = "timesteps",
+        noised_images_read_key: str = "vae_latents_noised",
+        reconst_write_key: str = "vae_latents_reconst",
+        out_channels: int = 4,
+    ):
+        self.model, self.out_channels = model, out_channels
+        self.noise_read_key, self.target_sizes_read_key = noise_read_key, target_sizes_read_key
+        self.latents_read_key, self.timesteps_read_key = latents_read_key, timesteps_read_key
+        self.noised_images_read_key, self.reconst_write_key = noised_images_read_key, reconst_write_key
+
+    def default_size(self) -> Tuple[int, int]:
+        """Latent size (h, w) that the decoder was built for: its positional table times its patches."""
+        patch = next((m.patch_sizes for m in self.model.modules() if isinstance(m, PatchEmbedder)), None)
+        table = next(
+            (m.max_sizes for m in self.model.modules() if isinstance(m, PositionalEmbeddingAdder) and len(m.max_sizes) == 2),
+            None,
+        )
+        if patch is None or table is None:
+            raise ValueError("vae_image_sizes is needed: the decoder's config does not tell the size of its latents")
+        return table[0] * patch[0], table[1] * patch[1]
+
+    def _noise(self, data_dict: dict, sizes: Optional[Sizes], generator: Optional[torch.Generator]):
+        if self.noise_read_key is not None and data_dict.get(self.noise_read_key) is not None:
+            return data_dict[self.noise_read_key]
+        latents = data_dict[self.latents_read_key]
+        n, device = len(latents), latents[0].device
+        if self.target_sizes_read_key is not None and data_dict.get(self.target_sizes_read_key) is not None:
+            sizes = data_dict[self.target_sizes_read_key]
+        per_image = _sizes_per_image(self.default_size() if sizes is None else sizes, n)
+        draw_on = device if generator is None else generator.device
+        if len(set(per_image)) == 1:
+            noise = torch.randn(n, self.out_channels, *per_image[0], generator=generator, device=draw_on)
+            return noise.to(device)
+        return [
+            torch.randn(1, self.out_channels, *size, generator=generator, device=draw_on).to(device) for size in per_image
+        ]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        data_dict: dict,
+        timesteps: int = 25,
+        generator: Optional[torch.Generator] = None,
+        vae_image_sizes: Optional[Sizes] = None,
+        verbose: bool = False,
+        guidance_scale: Union[float, Callable[[float], float]] = 1.0,
+        perform_norm_guidance: bool = False,
+    ) -> dict:
+        """Sample latents [B, C, h, w] for the condition in `data_dict`.
+
+        Args:
+            timesteps: Number of Euler steps.
+            generator: Source of the start noise; None: torch's global state.
+            vae_image_sizes: Size of the latents: an int, (h, w), or one of these per image; None: what the decoder was
+                built for.
+            guidance_scale: g, or a function of t; 1 means no guidance and one decoder pass a step instead of two.
+            perform_norm_guidance: APG instead of classifier-free guidance.
+            verbose: Show a progress bar.
+        """
+        if timesteps < 1:
+            raise ValueError(f"timesteps is {timesteps}, expected at least 1")
+        data_dict[self.noised_images_read_key] = self._noise(data_dict, vae_image_sizes, generator)
+        with evaluating(self.model):
+            return self._sample(data_dict, timesteps, verbose, guidance_scale, perform_norm_guidance)
+
+    @dense_batches
+    def _sample(self, data_dict, timesteps, verbose, guidance_scale, perform_norm_guidance) -> dict:
+        x = data_dict[self.noised_images_read_key]
+        guide = AdaptiveProjectedGuidance() if perform_norm_guidance else classifier_free_guidance
+        drop_keys = {m.eval_drop_flag_read_key for m in self.model.modules() if hasattr(m, "eval_drop_flag_read_key")}
+        unconditional = {key: torch.ones(len(x), dtype=torch.bool, device=x.device) for key in drop_keys}
+        for i in tqdm(range(timesteps, 0, -1), desc="sampling", disable=not verbose):
+            t = i / timesteps
+            scale = guidance_scale(t) if callable(guidance_scale) else guidance_scale
+            state = {
+                **data_dict,
+                self.noised_images_read_key: x,
+                self.timesteps_read_key: torch.full((len(x),), t, device=x.device),
+            }
+            velocity = self.model(dict(state))[self.reconst_write_key]
+            if scale != 1.0:
+                if not drop_keys:
+                    raise ValueError("guidance_scale needs a decoder with a null condition, and this one has none")
+                velocity = guide(velocity, self.model({**state, **unconditional})[self.reconst_write_key], scale)
+            x = x - velocity.to(x.dtype) / timesteps
+        data_dict[self.reconst_write_key] = x
+        return data_dict
+
+
+def classifier_free_guidance(v_cond: torch.Tensor, v_uncond: torch.Tensor, scale: float) -> torch.Tensor:
+    """v_uncond + scale * (v_cond - v_uncond) (arXiv 2207.12598)."""
+    return v_uncond + scale * (v_cond - v_uncond)
+
+
+def _sizes_per_image(sizes: Sizes, n: int) -> List[Tuple[int, int]]:
+    if isinstance(sizes, int):
+        return [(sizes, sizes)] * n
+    if isinstance(sizes, tuple) and len(sizes) == 2 and all(isinstance(size, int) for size in sizes):
+        return [sizes] * n
+    if len(sizes) != n:
+        raise ValueError(f"vae_image_sizes lists {len(sizes)} sizes for {n} images")
+    return [(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])) for size in sizes]

@@ -1,0 +1,262 @@
+"""Configs of new FlexTok models by size, in the form that published checkpoints carry."""
+
+import copy
+from typing import Optional, Sequence
+
+from ..utils.config import ConfigError, nearest
+
+_PRE, _POST = "flextok.model.preprocessors.", "flextok.model.postprocessors."
+_UTILS = "flextok.model.utils."
+
+# The published sizes: (encoder depth, decoder depth); width is 64 x depth.
+PRESETS = {"d12-d12": (12, 12), "d18-d18": (18, 18), "d18-d28": (18, 28)}
+
+
+def _permute(read_key: str, write_key: str, function: str) -> dict:
+    operation = {"_target_": _UTILS + "dict_ops." + function, "_partial_": True}
+    return {
+        "_target_": _UTILS + "dict_ops.PerSampleOp", "read_key": read_key, "write_key": write_key,
+        "per_sample_op": operation,
+    }  # fmt: skip
+
+
+def _patch_embedder(read_key: str, write_key: str, n_patches_key: str, channels: int, dim: int, patch_size: int) -> dict:
+    return {
+        "_target_": _PRE + "patching.PatchEmbedder", "input_tensor_list_read_key": read_key,
+        "patches_list_write_key": write_key, "n_patches_write_key": n_patches_key, "channels_in": channels, "dim": dim,
+        "patch_sizes": [patch_size, patch_size], "flatten_patches": False,
+    }  # fmt: skip
+
+
+def _posemb(key: str, dim: int, max_sizes: list, posemb_type: str) -> dict:
+    return {
+        "_target_": _UTILS + "posembs.PositionalEmbeddingAdder", "read_key": key, "write_key": key, "dim": dim,
+        "max_sizes": max_sizes, "posemb_type": posemb_type, "posemb_scaling": "absolute",
+    }  # fmt: skip
+
+
+def _packer(read_keys: list, prefix: str, block_mask_key: str, mask_mode: str, **more) -> dict:
+    return {
+        "_target_": _PRE + "flex_seq_packing.BlockWiseSequencePacker", "input_list_read_keys": read_keys,
+        "packed_seq_write_key": prefix + "_packed_seq", "block_mask_write_key": block_mask_key,
+        "inner_packed_shapes_write_key": prefix + "_ps_inner", "outer_packed_shapes_write_key": prefix + "_ps_outer",
+        "mask_mode": mask_mode, "pad_to_multiple": 128, **more,
+    }  # fmt: skip
+
+
+def _unpacker(read_key: str, write_keys: list, prefix: str) -> dict:
+    return {
+        "_target_": _POST + "seq_unpacking.SequenceUnpacker", "packed_seq_read_key": read_key,
+        "inner_seq_write_keys": write_keys, "inner_packed_shapes_read_key": prefix + "_ps_inner",
+        "outer_packed_shapes_read_key": prefix + "_ps_outer",
+    }  # fmt: skip
+
+
+def build_config(
+    encoder_depth: int = 12,
+    decoder_depth: int = 12,
+    encoder_width: Optional[int] = None,
+    decoder_width: Optional[int] = None,
+    head_dim: int = 64,
+    n_registers: int = 256,
+    fsq_levels: Sequence[int] = (8, 8, 8, 5, 5, 5),
+    patch_size: int = 2,
+    img_size: int = 256,
+    vae: str = "stable_diffusion",
+    vae_factor: int = 8,
+    vae_hub_path: Optional[str] = None,
+    vae_scaling_factor: Optional[float] = None,
+    latent_channels: int = 16,
+    repa_layers: Sequence[int] = (1,),
+    keep_k_mode: str = "uniform",
+    null_condition_prob: float = 0.2,
+    logit_normal_sigmas: bool = False,
+    stratified_sigmas: bool = False,
+    mode_scale: Optional[float] = 0.25,
+    encoder_head_init: str = "xavier",
+    use_act_checkpoint: bool = False,
+) -> dict:
+    """The config of a FlexTok model, for `FlexTokFromHub(config)`.
+
+    Args:
+        encoder_depth, decoder_depth: Transformer blocks.
+        encoder_width, decoder_width: Channels; None: 64 x depth.
+        head_dim: Channels per attention head.
+        n_registers: Largest number of tokens per image.
+        fsq_levels: Levels of the quantiser per channel; their product is the codebook size.
+        patch_size: Latents per patch, in each dimension.
+        img_size: Side of the (square) images in pixels: sets the positional tables.
+        vae: `stable_diffusion` (AutoencoderKL, downsampling by 8) or `pixel` (lossless pixel unshuffle).
+        vae_factor: Downsampling of the pixel VAE.
+        vae_hub_path: Weights of the AutoencoderKL; None: random.
+        vae_scaling_factor: Factor on the latents; None: the AutoencoderKL's own, or 2 for pixels.
+        latent_channels: Channels of the AutoencoderKL's latents (4, 8 or 16 as published).
+        repa_layers: Decoder blocks whose output is kept for REPA, 0 the first.
+        keep_k_mode: How nested dropout draws the number of kept tokens: `uniform`, `pow2` or `uniform_pow2`.
+        null_condition_prob: Probability that an image is trained without its tokens, for guidance.
+        logit_normal_sigmas, stratified_sigmas, mode_scale: See MinRFNoiseModule.
+        encoder_head_init: `xavier`, `trunc_normal` or `zero`, for the layer in front of the quantiser. With `zero`
+            all images have the same tokens at first.
+        use_act_checkpoint: Gradient checkpointing.
+
+    Raises:
+        ConfigError: Sizes that do not fit each other.
+    """
+    if vae not in ("stable_diffusion", "pixel"):
+        raise ConfigError(f"vae is {vae!r}, expected 'stable_diffusion' or 'pixel'")
+    factor = vae_factor if vae == "pixel" else 8
+    if min(encoder_depth, decoder_depth, n_registers, patch_size, factor) < 1:
+        raise ConfigError("depths, n_registers, patch_size and vae_factor must be at least 1")
+    if img_size % (factor * patch_size):
+        raise ConfigError(
+            f"img_size is {img_size}, expected a multiple of {factor * patch_size} (VAE factor {factor} x patch_size {patch_size})"
+        )
+    encoder_width, decoder_width = encoder_width or 64 * encoder_depth, decoder_width or 64 * decoder_depth
+    for name, width in (("encoder_width", encoder_width), ("decoder_width", decoder_width)):
+        if width % head_dim or width % 4:
+            raise ConfigError(f"{name} is {width}, expected a multiple of head_dim {head_dim} and of 4")
+    repa_layers = sorted(layer for layer in repa_layers)
+    if any(not 0 <= layer < decoder_depth for layer in repa_layers):
+        raise ConfigError(f"repa_layers is {repa_layers}, but the decoder's layers are 0 to {decoder_depth - 1}")
+    channels = 3 * factor**2 if vae == "pixel" else latent_channels
+    grid = [img_size // factor // patch_size] * 2
+    if vae == "pixel":
+        vae_config = {"_target_": "flextok.vae_wrapper.PixelUnshuffleVAE", "factor": factor}
+        if vae_scaling_factor is not None:
+            vae_config["scaling_factor"] = vae_scaling_factor
+    else:
+        vae_config = {
+            "_target_": "flextok.vae_wrapper.StableDiffusionVAE", "latent_channels": channels,
+            "scaling_factor": vae_scaling_factor, "hf_hub_path": vae_hub_path, "sample_posterior": True,
+        }  # fmt: skip
+    vae_config.update(
+        images_read_key="rgb", vae_latents_read_key="vae_latents_reconst", vae_latents_write_key="vae_latents",
+        images_reconst_write_key="rgb_reconst", force_vae_encode=False,
+    )  # fmt: skip
+
+    encoder = {
+        "enc_channels_to_last": _permute("vae_latents", "vae_latents_bhwc", "channels_first_to_last"),
+        "enc_patch_emb": _patch_embedder(
+            "vae_latents_bhwc", "enc_vae_latents_patched", "enc_n_patches", channels, encoder_width, patch_size
+        ),
+        "enc_posemb_module": _posemb("enc_vae_latents_patched", encoder_width, grid, "sincos"),
+        "enc_register_module": {
+            "_target_": _PRE + "registers.Registers1D", "input_tensor_list_read_key": "enc_vae_latents_patched",
+            "register_sizes_read_write_key": "register_sizes", "registers_write_key": "enc_registers",
+            "dim": encoder_width, "n_min": n_registers, "n_max": n_registers, "size_sampling_mode": "uniform",
+            "ordering_mode": "nested",
+        },
+        "enc_seq_packer": _packer(["enc_vae_latents_patched", "enc_registers"], "enc", "enc_block_mask", "causal_last"),
+        "enc_transformer": {
+            "_target_": "flextok.model.trunks.transformers.FlexTransformer", "input_seq_read_key": "enc_packed_seq",
+            "output_seq_write_key": "enc_packed_seq", "dim": encoder_width, "depth": encoder_depth,
+            "head_dim": head_dim, "block_mask_read_key": "enc_block_mask", "use_act_checkpoint": use_act_checkpoint,
+        },
+        "enc_unpacker": _unpacker("enc_packed_seq", ["enc_vae_latents_patched", "enc_registers"], "enc"),
+        "enc_to_latents": {
+            "_target_": _POST + "heads.LinearHead", "read_key": "enc_registers", "write_key": "enc_registers",
+            "dim": encoder_width, "dim_out": len(fsq_levels), "weight_init_style": encoder_head_init,
+            "dtype_override": None,
+        },
+    }  # fmt: skip
+    decoder = {
+        "dec_from_latents": {
+            "_target_": _PRE + "linear.LinearLayer", "read_key": "enc_registers_quant", "write_key": "dec_registers",
+            "dim_in": len(fsq_levels), "dim": decoder_width,
+        },
+        "dec_registers_posemb_module": _posemb("dec_registers", decoder_width, [n_registers], "learnable_sum"),
+        "dec_nested_dropout": {
+            "_target_": _PRE + "token_dropout.MaskedNestedDropout", "read_write_key": "dec_registers",
+            "dim": decoder_width, "eval_keep_k_read_key": "eval_keep_k", "train_keep_k_write_key": "train_keep_k",
+            "size_sampling_mode": keep_k_mode,
+        },
+        "dec_latent_dropout": {
+            "_target_": _PRE + "nullcond.LearnedNullCond", "read_write_key": "dec_registers", "dim": decoder_width,
+            "eval_drop_flag_read_key": "eval_dropout_mask", "dropout_prob": null_condition_prob,
+        },
+        "dec_noise_channels_to_last": _permute("vae_latents_noised", "vae_latents_noised_bhwc", "channels_first_to_last"),
+        "dec_noise_patch_emb": _patch_embedder(
+            "vae_latents_noised_bhwc", "dec_patches", "dec_n_patches", channels, decoder_width, patch_size
+        ),
+        "dec_patches_posemb_module": _posemb("dec_patches", decoder_width, grid, "sincos"),
+        "dec_seq_packer": _packer(
+            ["dec_patches", "dec_registers"], "dec", "dec_sa_block_mask", "full",
+            emb_packing_fn_write_key="dec_emb_packing_fn", per_subseq_embs=True,
+        ),
+        "dec_time_embedder": {
+            "_target_": _PRE + "time_embedding.TimestepEmbedder", "timesteps_read_key": "timesteps",
+            "time_embedding_write_key": "dec_temb", "dim": decoder_width, "frequency_embedding_size": 256,
+            "max_timestep": 1.0,
+        },
+        "dec_transformer": {
+            "_target_": "flextok.model.trunks.transformers.FlexTransformer", "input_seq_read_key": "dec_packed_seq",
+            "output_seq_write_key": "dec_packed_seq", "dim": decoder_width, "depth": decoder_depth,
+            "head_dim": head_dim, "block_mask_read_key": "dec_sa_block_mask", "adaLN_emb_read_key": "dec_temb",
+            "adaLN_packing_fn_read_key": "dec_emb_packing_fn", "adaLN_expansion": 2,
+            "use_act_checkpoint": use_act_checkpoint, "intermediate_layer_write_key": "dec_packed_seq_repa_layer",
+            "intermediate_layers": list(repa_layers),
+        },
+        "dec_unpacker": _unpacker("dec_packed_seq", ["dec_patches", "dec_registers"], "dec"),
+        "dec_repa_unpacker": _unpacker(
+            "dec_packed_seq_repa_layer", ["dec_patches_repa_layer", "dec_registers_repa_layer"], "dec"
+        ),
+        "dec_to_patches": {
+            "_target_": _POST + "heads.ToPatchesLinearHead", "read_key": "dec_patches",
+            "write_key": "vae_latents_reconst", "dim": decoder_width, "channels_out": channels,
+            "patch_sizes": [patch_size, patch_size], "weight_init_style": "zero", "adaLN_emb_read_key": "dec_temb",
+        },
+        "dec_channels_to_first": _permute("vae_latents_reconst", "vae_latents_reconst", "channels_last_to_first"),
+    }  # fmt: skip
+    if not repa_layers:
+        del decoder["dec_repa_unpacker"]
+    wrapper = _UTILS + "wrappers.SequentialModuleDictWrapper"
+    return {
+        "vae": vae_config,
+        "encoder": {"_target_": wrapper, "module_dict": encoder},
+        "decoder": {"_target_": wrapper, "module_dict": decoder},
+        "regularizer": {
+            "_target_": "flextok.regularizers.quantize_fsq.FSQ", "latents_read_key": "enc_registers",
+            "quants_write_key": "enc_registers_quant", "tokens_write_key": "tokens", "levels": list(fsq_levels),
+        },
+        "flow_matching_noise_module": {
+            "_target_": "flextok.flow_matching.noise_modules.MinRFNoiseModule", "clean_images_read_key": "vae_latents",
+            "noised_images_write_key": "vae_latents_noised", "timesteps_write_key": "timesteps",
+            "sigmas_write_key": "sigmas", "ln": logit_normal_sigmas, "stratisfied": stratified_sigmas,
+            "mode_scale": mode_scale, "noise_write_key": "flow_noise",
+        },
+        "pipeline": {
+            "_target_": "flextok.flow_matching.pipelines.MinRFPipeline", "_partial_": True,
+            "latents_read_key": "enc_registers_quant", "timesteps_read_key": "timesteps",
+            "noised_images_read_key": "vae_latents_noised", "reconst_write_key": "vae_latents_reconst",
+            "out_channels": channels,
+        },
+    }  # fmt: skip
+
+
+def preset_config(name: str, **overrides) -> dict:
+    """The config of a published size, `d12-d12`, `d18-d18` or `d18-d28`; `overrides` are arguments of build_config."""
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}{nearest(name, PRESETS)}, only {', '.join(PRESETS)}")
+    encoder_depth, decoder_depth = PRESETS[name]
+    return build_config(**{"encoder_depth": encoder_depth, "decoder_depth": decoder_depth, **overrides})
+
+
+def with_fsq_levels(config: dict, levels: Sequence[int]) -> "tuple[dict, list[str]]":
+    """A copy of a model's config with other FSQ levels, and the names of the two layers that must be made anew.
+
+    They are the encoder's last layer, which writes what FSQ reads, and the decoder's first, which reads what FSQ
+    writes; found by their keys in the config.
+
+    Raises:
+        ConfigError: The config has no such layers.
+    """
+    config = copy.deepcopy(config)
+    fsq = config["regularizer"]
+    encoder, decoder = config["encoder"]["module_dict"], config["decoder"]["module_dict"]
+    into = [n for n, m in encoder.items() if m.get("write_key") == fsq["latents_read_key"] and "dim_out" in m]
+    out_of = [n for n, m in decoder.items() if m.get("read_key") == fsq["quants_write_key"] and "dim_in" in m]
+    if not into or not out_of:
+        raise ConfigError("fsq_levels: the config has no layer before, or none after, the quantiser to rebuild")
+    fsq["levels"] = list(levels)
+    encoder[into[-1]]["dim_out"] = decoder[out_of[0]]["dim_in"] = len(levels)
+    return config, [f"encoder.module_dict.{into[-1]}", f"decoder.module_dict.{out_of[0]}"]

@@ -1,0 +1,41 @@
+"""The two-layer MLP of a transformer block, gated (SwiGLU, arXiv 2002.05202) or plain."""
+
+from typing import Callable
+
+import torch
+import torch.nn as nn
+
+from ..utils.init import init_linear
+
+
+class Mlp(nn.Module):
+    """fc2(act(fc1 x)) with int(mlp_ratio * dim) hidden units."""
+
+    def __init__(
+        self, dim: int, mlp_ratio: float = 4.0, act_layer: Callable = nn.SiLU, bias: bool = False, init_style: str = "xavier"
+    ):
+        super().__init__()
+        hidden = int(mlp_ratio * dim)
+        self.fc1 = init_linear(nn.Linear(dim, hidden, bias=bias), init_style)
+        self.act = act_layer()
+        self.fc2 = init_linear(nn.Linear(hidden, dim, bias=bias), init_style)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class GatedMlp(nn.Module):
+    """fc2(act(fc1 x) * fc3 x) with int(2 * int(mlp_ratio * dim) / 3) hidden units."""
+
+    def __init__(
+        self, dim: int, mlp_ratio: float = 4.0, act_layer: Callable = nn.SiLU, bias: bool = False, init_style: str = "xavier"
+    ):
+        super().__init__()
+        hidden = int(2 * int(mlp_ratio * dim) / 3)
+        self.fc1 = init_linear(nn.Linear(dim, hidden, bias=bias), init_style)
+        self.fc3 = init_linear(nn.Linear(dim, hidden, bias=bias), init_style)
+        self.act = act_layer()
+        self.fc2 = init_linear(nn.Linear(hidden, dim, bias=bias), init_style)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)) * self.fc3(x))

@@ -1,0 +1,78 @@
+"""Register tokens that the encoder fills with what it sees."""
+
+import re
+from typing import Optional
+
+import torch
+import torch.nn as nn
+
+from ...utils.batching import dense_batches
+from ...utils.random import BatchRandom
+
+
+class Registers1D(nn.Module):
+    """Writes register tokens [B, n, D] for the images of a batch.
+
+    Args:
+        input_tensor_list_read_key: Any tensor of the batch: gives batch size and device.
+        register_sizes_read_write_key: Where n is written.
+        n_min, n_max, n_eval: Number of registers: `n_eval` (default n_max) in evaluation; in training drawn once per
+            step by `size_sampling_mode`.
+        size_sampling_mode: `uniform`: from n_min..n_max; `powers_of_two`: from the powers of two among them;
+            `k=1-2-4`: from the given list.
+        ordering_mode: `nested`: the first n registers are used.
+    """
+
+    def __init__(
+        self,
+        input_tensor_list_read_key: str,
+        register_sizes_read_write_key: str,
+        registers_write_key: str,
+        dim: int,
+        n_min: int = 1,
+        n_max: int = 256,
+        n_eval: Optional[int] = None,
+        size_sampling_mode: str = "uniform",
+        ordering_mode: str = "nested",
+        extra_registers_write_key: Optional[str] = None,
+        extra_registers_dim: Optional[int] = None,
+    ):
+        super().__init__()
+        if ordering_mode != "nested":
+            raise NotImplementedError(f"Registers1D: ordering_mode {ordering_mode!r} is not supported, only 'nested'")
+        if extra_registers_write_key is not None or extra_registers_dim is not None:
+            raise NotImplementedError("Registers1D: extra_registers_* are not supported")
+        if not 1 <= n_min <= n_max or not (n_eval is None or 1 <= n_eval <= n_max):
+            raise ValueError(f"Registers1D: n_min {n_min}, n_eval {n_eval} and n_max {n_max} need 1 <= n_min, n_eval <= n_max")
+        self.read_key, self.write_key = input_tensor_list_read_key, registers_write_key
+        self.register_sizes_read_write_key = register_sizes_read_write_key
+        self.n_max, self.n_eval = n_max, n_max if n_eval is None else n_eval
+        self.sizes = self._sizes(size_sampling_mode, n_min, n_max)
+        self.registers = nn.Parameter(torch.empty(n_max, dim))
+        nn.init.trunc_normal_(self.registers, std=0.02)
+
+    @staticmethod
+    def _sizes(mode: str, n_min: int, n_max: int) -> list:
+        if mode == "uniform":
+            return list(range(n_min, n_max + 1))
+        if mode == "powers_of_two":
+            sizes = [1 << i for i in range(n_max.bit_length()) if n_min <= 1 << i <= n_max]
+        elif re.fullmatch(r"k=\d+(-\d+)*", mode):
+            sizes = [int(k) for k in mode[2:].split("-")]
+        else:
+            raise ValueError(f"size_sampling_mode is {mode!r}, expected uniform, powers_of_two or a list like k=1-2-4")
+        if not sizes or min(sizes) < 1 or max(sizes) > n_max:
+            raise ValueError(f"size_sampling_mode {mode!r} leaves no register count between {n_min} and {n_max}")
+        return sizes
+
+    @dense_batches
+    def forward(self, data_dict: dict) -> dict:
+        like = data_dict[self.read_key]
+        n = self.n_eval
+        if self.training:
+            n = self.sizes[0]
+            if len(self.sizes) > 1:
+                n = self.sizes[BatchRandom.of(data_dict, like).batch_integer("registers", 0, len(self.sizes) - 1)]
+        data_dict[self.register_sizes_read_write_key] = (n,)
+        data_dict[self.write_key] = self.registers[None, :n].expand(like.shape[0], -1, -1)
+        return data_dict

@@ -1,0 +1,187 @@
+"""The transformer of encoder and decoder."""
+
+import functools
+from typing import Callable, Optional, Sequence
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+
+from ...utils.batching import dense_batches
+from ...utils.random import BatchRandom
+from ..layers.adaln import adaln_modulation, gate, per_subsequence, scale_and_shift
+from ..layers.attention import Attention, BlockCausalMask
+from ..layers.mlp import GatedMlp, Mlp
+from ..layers.norm import Fp32LayerNorm
+
+N_MODULATIONS = 6  # gate_msa, gate_mlp, shift_msa, scale_msa, shift_mlp, scale_mlp
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block, modulated by an embedding if `adaLN_expansion` > 0.
+
+    Args:
+        adaLN_expansion: Number of sub-sequences with a modulation of their own; 0: no modulation.
+        drop: Dropout after the attention's and the MLP's last layer.
+        drop_path: Probability that an image skips each residual branch in training.
+        name: Address of this block's dropout draws.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        proj_bias: bool,
+        mlp_bias: bool,
+        drop: float,
+        drop_path: float,
+        act_layer: Callable,
+        norm_layer: Callable,
+        gated_mlp: bool,
+        qk_norm: bool,
+        weight_init_style: str,
+        zero_init_query_proj: bool,
+        adaLN_expansion: int,
+        name: str,
+    ):
+        super().__init__()
+        self.drop, self.drop_path, self.adaLN_expansion, self.name = drop, drop_path, adaLN_expansion, name
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(
+            dim, head_dim, qkv_bias, proj_bias, qk_norm, norm_layer, weight_init_style, zero_init_query_proj
+        )
+        self.norm2 = norm_layer(dim)
+        self.mlp = (GatedMlp if gated_mlp else Mlp)(dim, mlp_ratio, act_layer, mlp_bias, weight_init_style)
+        if adaLN_expansion:
+            self.adaLN_modulation = adaln_modulation(dim, adaLN_expansion * N_MODULATIONS * dim)
+
+    def _dropped(self, x: torch.Tensor, random: Optional[BatchRandom], branch: str) -> torch.Tensor:
+        if random is None:
+            return x
+        if self.drop > 0:
+            keep = random.uniform(f"{self.name}/{branch}/drop", x.shape[1:]) >= self.drop
+            x = x * keep.to(x.dtype) / (1 - self.drop)
+        if self.drop_path > 0:
+            keep = random.uniform(f"{self.name}/{branch}/drop_path") >= self.drop_path
+            x = x * keep.to(x.dtype)[:, None, None] / (1 - self.drop_path)
+        return x
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: Optional[BlockCausalMask] = None,
+        embedding: Optional[torch.Tensor] = None,
+        lengths: Sequence[int] = (),
+        random: Optional[BatchRandom] = None,
+    ) -> torch.Tensor:
+        """x [B, N, D], embedding [B, D], `lengths` of the sub-sequences -> [B, N, D]."""
+        if not self.adaLN_expansion:
+            x = x + self._dropped(self.attn(self.norm1(x), mask), random, "attn")
+            return x + self._dropped(self.mlp(self.norm2(x)), random, "mlp")
+        modulation = self.adaLN_modulation(embedding).unflatten(-1, (self.adaLN_expansion, N_MODULATIONS, -1))
+        gate_msa, gate_mlp, shift_msa, scale_msa, shift_mlp, scale_mlp = modulation.unbind(2)  # each [B, parts, D]
+        y = self.attn(per_subsequence(scale_and_shift, self.norm1(x), (shift_msa, scale_msa), lengths), mask)
+        x = x + per_subsequence(gate, self._dropped(y, random, "attn"), (gate_msa,), lengths)
+        y = self.mlp(per_subsequence(scale_and_shift, self.norm2(x), (shift_mlp, scale_mlp), lengths))
+        return x + per_subsequence(gate, self._dropped(y, random, "mlp"), (gate_mlp,), lengths)
+
+
+class FlexTransformer(nn.Module):
+    """Transformer over packed sequences [B, N, D].
+
+    Args:
+        input_seq_read_key, output_seq_write_key: Sequence [B, N, D], before and after.
+        block_mask_read_key: What the sequence packer wrote: None or a BlockCausalMask.
+        adaLN_emb_read_key: Embedding [B, D] that modulates every block; None: unmodulated blocks.
+        adaLN_packing_fn_read_key: Lengths of the sub-sequences, from the packer; None: the sequence is one.
+        adaLN_expansion: Number of sub-sequences with a modulation of their own (1: all share one).
+        intermediate_layer_write_key, intermediate_layers: Outputs of the blocks with these indices, written as
+            [B, N, D], or [B, N, layers * D] in the listed order if there are several.
+        use_act_checkpoint: Recompute each block in the backward pass instead of keeping its activations.
+        drop_path_rate: Stochastic depth (arXiv 1603.09382) of the last block; grows linearly from 0 at the first.
+    """
+
+    def __init__(
+        self,
+        input_seq_read_key: str,
+        output_seq_write_key: str,
+        dim: int,
+        depth: int,
+        head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        proj_bias: bool = False,
+        mlp_bias: bool = False,
+        drop: float = 0.0,
+        drop_path_rate: float = 0.0,
+        act_layer: Callable = nn.SiLU,
+        norm_layer: Callable = Fp32LayerNorm,
+        gated_mlp: bool = True,
+        qk_norm: bool = True,
+        use_act_checkpoint: bool = False,
+        weight_init_style: str = "xavier",
+        zero_init_query_proj: bool = False,
+        block_mask_read_key: Optional[str] = None,
+        score_mod_read_key: Optional[str] = None,
+        adaLN_emb_read_key: Optional[str] = None,
+        adaLN_packing_fn_read_key: Optional[str] = None,
+        adaLN_expansion: int = 1,
+        rope_forward_read_key: Optional[str] = None,
+        intermediate_layer_write_key: Optional[str] = None,
+        intermediate_layers: Optional[Sequence[int]] = None,
+    ):
+        super().__init__()
+        if score_mod_read_key is not None or rope_forward_read_key is not None:
+            raise NotImplementedError("FlexTransformer: score_mod_read_key and rope_forward_read_key are not supported")
+        self.input_seq_read_key, self.output_seq_write_key = input_seq_read_key, output_seq_write_key
+        self.block_mask_read_key = block_mask_read_key
+        self.adaLN_emb_read_key, self.adaLN_packing_fn_read_key = adaLN_emb_read_key, adaLN_packing_fn_read_key
+        self.adaLN_expansion = adaLN_expansion
+        self.intermediate_layer_write_key = intermediate_layer_write_key
+        self.intermediate_layers = list(intermediate_layers or [])
+        for layer in self.intermediate_layers:
+            if not 0 <= layer < depth:
+                raise ValueError(f"intermediate_layers names layer {layer}, but the layers are 0 to {depth - 1}")
+        self.dim, self.depth, self.use_act_checkpoint = dim, depth, use_act_checkpoint
+        self.drops = drop > 0 or drop_path_rate > 0
+        make_block = functools.partial(
+            TransformerBlock, dim=dim, head_dim=head_dim, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, proj_bias=proj_bias,
+            mlp_bias=mlp_bias, drop=drop, act_layer=act_layer, norm_layer=norm_layer, gated_mlp=gated_mlp,
+            qk_norm=qk_norm, weight_init_style=weight_init_style, zero_init_query_proj=zero_init_query_proj,
+            adaLN_expansion=adaLN_expansion if adaLN_emb_read_key is not None else 0,
+        )  # fmt: skip
+        self.blocks = nn.ModuleList(
+            make_block(drop_path=drop_path_rate * i / max(depth - 1, 1), name=f"{output_seq_write_key}/{i}")
+            for i in range(depth)
+        )
+
+    @dense_batches
+    def forward(self, data_dict: dict) -> dict:
+        x = data_dict[self.input_seq_read_key]
+        mask = data_dict[self.block_mask_read_key] if self.block_mask_read_key is not None else None
+        embedding, lengths = None, ()
+        if self.adaLN_emb_read_key is not None:
+            embedding, lengths = data_dict[self.adaLN_emb_read_key], (x.shape[1],)
+            if self.adaLN_packing_fn_read_key is not None and self.adaLN_expansion > 1:
+                lengths = data_dict[self.adaLN_packing_fn_read_key]
+            if len(lengths) != self.adaLN_expansion:
+                raise ValueError(
+                    f"adaLN_expansion is {self.adaLN_expansion}, but the sequence has {len(lengths)} sub-sequences"
+                )
+        random = BatchRandom.of(data_dict, x) if self.training and self.drops else None
+        intermediates = {}
+        for i, block in enumerate(self.blocks):
+            if self.use_act_checkpoint and torch.is_grad_enabled():
+                # No block draws from the global random state (dropout draws by address): nothing to save and restore.
+                x = checkpoint(block, x, mask, embedding, lengths, random, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, mask, embedding, lengths, random)
+            if i in self.intermediate_layers:
+                intermediates[i] = x
+        data_dict[self.output_seq_write_key] = x
+        if self.intermediate_layer_write_key is not None and intermediates:
+            layers = [intermediates[i] for i in self.intermediate_layers]
+            data_dict[self.intermediate_layer_write_key] = layers[0] if len(layers) == 1 else torch.cat(layers, dim=-1)
+        return data_dict

@@ -1,0 +1,48 @@
+"""Small operations on a data_dict."""
+
+from typing import Callable, Optional, Sequence
+
+import torch
+import torch.nn as nn
+
+from ...utils.batching import dense_batches
+
+
+def channels_first_to_last(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, ...] -> [B, ..., C]."""
+    return x.movedim(1, -1)
+
+
+def channels_last_to_first(x: torch.Tensor) -> torch.Tensor:
+    """[B, ..., C] -> [B, C, ...]."""
+    return x.movedim(-1, 1)
+
+
+class DictKeyFilter(nn.Module):
+    """Keep only `allowed_keys` of a data_dict, or drop `blocked_keys`; give one of the two."""
+
+    def __init__(self, allowed_keys: Optional[Sequence[str]] = None, blocked_keys: Optional[Sequence[str]] = None):
+        super().__init__()
+        if (allowed_keys is None) == (blocked_keys is None):
+            raise ValueError("DictKeyFilter takes either allowed_keys or blocked_keys")
+        self.allowed_keys, self.blocked_keys = allowed_keys, blocked_keys
+
+    def forward(self, data_dict: dict) -> dict:
+        for key in list(data_dict):
+            keep = key in self.allowed_keys if self.allowed_keys is not None else key not in self.blocked_keys
+            if not keep:
+                del data_dict[key]
+        return data_dict
+
+
+class PerSampleOp(nn.Module):
+    """Write per_sample_op(data_dict[read_key]) under write_key; the operation works on [B, ...]."""
+
+    def __init__(self, read_key: str, write_key: str, per_sample_op: Callable):
+        super().__init__()
+        self.read_key, self.write_key, self.per_sample_op = read_key, write_key, per_sample_op
+
+    @dense_batches
+    def forward(self, data_dict: dict) -> dict:
+        data_dict[self.write_key] = self.per_sample_op(data_dict[self.read_key])
+        return data_dict

@@ -1,0 +1,107 @@
+"""Finite scalar quantization (FSQ, arXiv 2309.15505)."""
+
+import math
+from typing import Sequence
+
+import torch
+import torch.nn as nn
+
+from ..utils.batching import dense_batches
+from ..utils.random import BatchRandom
+
+
+class FSQ(nn.Module):
+    """Rounds each channel of a latent vector to one of `levels[i]` values: [B, ..., len(levels)], computed in fp32.
+
+    Writes the quantised latents (in about [-1, 1], with a straight-through gradient) and tokens (long [B, ...], in
+    0..codebook_size - 1). There is no codebook to learn, and nothing in the state dict.
+
+    Args:
+        levels: Number of values per channel, at least 2 each.
+        drop_quant_p: In training, probability that an image's latents are left unquantised.
+        corrupt_tokens_p, min_corrupt_tokens_p: In training, a corrupted image has each code replaced, with a
+            probability drawn uniformly between the two, by a code drawn uniformly from the codebook.
+        apply_corrupt_tokens_p: Probability that an image is corrupted (if corrupt_tokens_p > 0).
+        packed_call: Accepted and without effect: batches are dense here.
+    """
+
+    def __init__(
+        self,
+        latents_read_key: str,
+        quants_write_key: str,
+        tokens_write_key: str,
+        levels: Sequence[int],
+        drop_quant_p: float = 0.0,
+        corrupt_tokens_p: float = 0.0,
+        min_corrupt_tokens_p: float = 0.0,
+        apply_corrupt_tokens_p: float = 0.0,
+        packed_call: bool = True,
+    ):
+        super().__init__()
+        self.levels = [int(level) for level in levels]
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"levels is {self.levels}, expected numbers of at least 2")
+        for name, p in (
+            ("drop_quant_p", drop_quant_p), ("corrupt_tokens_p", corrupt_tokens_p),
+            ("min_corrupt_tokens_p", min_corrupt_tokens_p), ("apply_corrupt_tokens_p", apply_corrupt_tokens_p),
+        ):  # fmt: skip
+            if not 0.0 <= p <= 1.0:
+                raise ValueError(f"{name} is {p}, expected a probability from 0 to 1")
+        self.latents_read_key, self.quants_write_key = latents_read_key, quants_write_key
+        self.tokens_write_key = tokens_write_key
+        self.drop_quant_p, self.apply_corrupt_tokens_p = drop_quant_p, apply_corrupt_tokens_p
+        self.corrupt_tokens_p, self.min_corrupt_tokens_p = corrupt_tokens_p, min_corrupt_tokens_p
+        self.codebook_size = math.prod(self.levels)
+        basis = [math.prod(self.levels[:i]) for i in range(len(self.levels))]
+        self.register_buffer("_levels", torch.tensor(self.levels), persistent=False)
+        self.register_buffer("_basis", torch.tensor(basis), persistent=False)
+
+    def bound(self, z: torch.Tensor) -> torch.Tensor:
+        """Squash z (fp32) into the range whose rounding gives levels[i] integers per channel."""
+        half = (self._levels - 1) * 1.001 / 2
+        offset = torch.where(self._levels % 2 == 0, 0.5, 0.0)
+        shift = (offset / half).atanh()
+        return (z + shift).tanh() * half - offset
+
+    def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
+        """Integer codes [..., channels] (rounded, not divided) -> tokens, long [...]."""
+        return ((codes.round().long() + self._levels // 2) * self._basis).sum(-1)
+
+    def indices_to_embedding(self, indices: torch.Tensor) -> torch.Tensor:
+        """Tokens, long [...] in 0..codebook_size - 1 -> quantised latents, fp32 [..., channels]."""
+        half_width = self._levels // 2
+        levels = indices[..., None] // self._basis % self._levels
+        return (levels - half_width) / half_width.float()
+
+    @dense_batches
+    def forward(self, data_dict: dict) -> dict:
+        z = data_dict[self.latents_read_key]
+        if z.shape[-1] != len(self.levels):
+            raise ValueError(f"{self.latents_read_key!r} has {z.shape[-1]} channels, but levels has {len(self.levels)}")
+        half_width = self._levels // 2
+        bounded = self.bound(z.float())
+        rounded = bounded + (bounded.round() - bounded).detach()
+        tokens = self.codes_to_indices(rounded.detach())
+        quants = rounded / half_width
+        if self.training and (self.drop_quant_p > 0 or self.corrupt_tokens_p > 0):
+            random = BatchRandom.of(data_dict, z)
+            per_image = (-1, *[1] * (z.ndim - 1))
+            if self.drop_quant_p > 0:
+                drop = random.uniform("fsq/drop") < self.drop_quant_p
+                quants = torch.where(drop.view(per_image), bounded / half_width, quants)
+            if self.corrupt_tokens_p > 0:
+                corrupt, replacements = self._corruption(random, tokens.shape[1:])
+                tokens = torch.where(corrupt, replacements, tokens)
+                quants = torch.where(corrupt[..., None], self.indices_to_embedding(replacements), quants)
+        data_dict[self.quants_write_key] = quants
+        data_dict[self.tokens_write_key] = tokens
+        return data_dict
+
+    def _corruption(self, random: BatchRandom, shape: Sequence[int]):
+        """Which codes to replace (bool [B, *shape]) and by what (long [B, *shape])."""
+        applies = random.uniform("fsq/corrupt_image") < self.apply_corrupt_tokens_p
+        spread = self.corrupt_tokens_p - self.min_corrupt_tokens_p
+        p = self.min_corrupt_tokens_p + random.uniform("fsq/corrupt_p") * spread
+        p = torch.where(applies, p, 0.0).view(-1, *[1] * len(shape))
+        replacements = random.integers("fsq/corrupt_code", 0, self.codebook_size - 1, shape)
+        return random.uniform("fsq/corrupt", shape) < p, replacements

@@ -1,0 +1,150 @@
+"""Building modules from config trees: a dict with `_target_` names what to build from its other keys.
+
+A config is data from a stranger: only the names in `ALLOWED_TARGETS` can be built, and a name is looked up there before
+anything is imported.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+from typing import Any
+
+_PREPROCESSORS = "flextok.model.preprocessors."
+_POSTPROCESSORS = "flextok.model.postprocessors."
+
+ALLOWED_TARGETS = frozenset(
+    {
+        "flextok.flextok_wrapper.FlexTok",
+        "flextok.flextok_wrapper.FlexTokFromHub",
+        "flextok.vae_wrapper.StableDiffusionVAE",
+        "flextok.vae_wrapper.PixelUnshuffleVAE",
+        "flextok.flow_matching.pipelines.MinRFPipeline",
+        "flextok.flow_matching.noise_modules.MinRFNoiseModule",
+        "flextok.model.utils.wrappers.SequentialModuleDictWrapper",
+        "flextok.model.utils.posembs.PositionalEmbedding",
+        "flextok.model.utils.posembs.PositionalEmbeddingAdder",
+        "flextok.model.utils.dict_ops.DictKeyFilter",
+        "flextok.model.utils.dict_ops.PerSampleOp",
+        "flextok.model.utils.dict_ops.channels_first_to_last",
+        "flextok.model.utils.dict_ops.channels_last_to_first",
+        "flextok.model.trunks.transformers.FlexTransformer",
+        _PREPROCESSORS + "token_dropout.MaskedNestedDropout",
+        _PREPROCESSORS + "time_embedding.TimestepEmbedder",
+        _PREPROCESSORS + "registers.Registers1D",
+        _PREPROCESSORS + "patching.PatchEmbedder",
+        _PREPROCESSORS + "nullcond.ZeroNullCond",
+        _PREPROCESSORS + "nullcond.LearnedNullCond",
+        _PREPROCESSORS + "linear.LinearLayer",
+        _PREPROCESSORS + "flex_seq_packing.BlockWiseSequencePacker",
+        _POSTPROCESSORS + "seq_unpacking.SequenceUnpacker",
+        _POSTPROCESSORS + "heads.LinearHead",
+        _POSTPROCESSORS + "heads.ToPatchesLinearHead",
+        "flextok.model.layers.norm.Fp32LayerNorm",
+        "flextok.regularizers.quantize_fsq.FSQ",
+    }
+)
+ALLOWED_FUNCTIONS = frozenset(
+    {"flextok.model.utils.dict_ops.channels_first_to_last", "flextok.model.utils.dict_ops.channels_last_to_first"}
+)
+# Names that published configs may hold, but that no published image tokenizer needs.
+UNSUPPORTED_TARGETS = frozenset(
+    {
+        "flextok.model.utils.dict_ops.PerSampleReducer",
+        _PREPROCESSORS + "mask_tokens.MaskTokenModule",
+        _POSTPROCESSORS + "heads.MLPHead",
+        "flextok.model.trunks.transformers.FlexTransformerDecoder",
+    }
+)
+MAX_DEPTH = 32
+
+
+class ConfigError(ValueError):
+    """A config that cannot be built; the message says where in the tree, what was given and what was expected."""
+
+
+def nearest(name: str, known) -> str:
+    """` (did you mean 'x'?)` if a known name is close to `name`, else an empty string."""
+    matches = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _lookup(target: Any, where: str):
+    """The class or function behind an allowed dotted name."""
+    if not isinstance(target, str):
+        raise ConfigError(f"{where}: _target_ is {target!r}, expected a dotted name")
+    if target in UNSUPPORTED_TARGETS:
+        raise ConfigError(f"{where}: _target_ {target!r} is not supported by this package")
+    if target not in ALLOWED_TARGETS:
+        raise ConfigError(
+            f"{where}: _target_ {target!r} is not allowed{nearest(target, ALLOWED_TARGETS)}; a config can only build the "
+            "parts of FlexTok that flextok.utils.config.ALLOWED_TARGETS lists"
+        )
+    module, name = target.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def _signature(target) -> inspect.Signature:
+    """The arguments that `target` takes, of a class those of its constructor."""
+    if not inspect.isclass(target):
+        return inspect.signature(target)
+    signature = inspect.signature(target.__init__)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def instantiate(config: Any, _where: str = "config", _depth: int = 0, **extra) -> Any:
+    """Build what a config tree describes.
+
+    Args:
+        config: A tree of dicts, lists and plain values. A dict with `_target_` becomes the object of that name, built
+            from its other keys; with `_partial_: true` it becomes a factory.
+        extra: Further constructor arguments of the outermost object.
+
+    Raises:
+        ConfigError: `_target_` not allowed (anywhere in the tree), an unknown or missing constructor argument, or
+            arguments that the constructor refuses.
+    """
+    if _depth > MAX_DEPTH:
+        raise ConfigError(f"{_where}: the config is nested deeper than {MAX_DEPTH} levels")
+    if isinstance(config, (list, tuple)):
+        return [instantiate(value, f"{_where}[{i}]", _depth + 1) for i, value in enumerate(config)]
+    if not isinstance(config, dict):
+        return config
+    if "_target_" not in config:
+        return {key: instantiate(value, f"{_where}.{key}", _depth + 1) for key, value in config.items()}
+
+    if config["_target_"] == "hydra.utils.get_method":
+        path = config.get("path")
+        if set(config) - {"_target_", "path"} or path not in ALLOWED_FUNCTIONS:
+            raise ConfigError(f"{_where}: hydra.utils.get_method of {path!r} is not allowed, only of {sorted(ALLOWED_FUNCTIONS)}")
+        return _lookup(path, _where)
+
+    target = _lookup(config["_target_"], _where)
+    partial = config.get("_partial_", False)
+    if not isinstance(partial, bool):
+        raise ConfigError(f"{_where}: _partial_ is {partial!r}, expected true or false")
+    given = {key: value for key, value in config.items() if key not in ("_target_", "_partial_")}
+    signature = _signature(target)
+    for key in given:
+        if key not in signature.parameters:
+            raise ConfigError(
+                f"{_where}: {config['_target_']} takes no argument {key!r}{nearest(key, signature.parameters)}; it takes "
+                f"{', '.join(signature.parameters)}"
+            )
+    if config["_target_"].endswith(".FlexTokFromHub"):  # takes the tree itself, not what it describes
+        arguments = given
+    else:
+        arguments = {key: instantiate(value, f"{_where}.{key}", _depth + 1) for key, value in given.items()}
+    arguments.update(extra)
+    if partial:
+        return functools.partial(target, **arguments) if arguments else target
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{_where}: {config['_target_']}: {error}") from None
+    try:
+        return target(**arguments)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, ArithmeticError, AttributeError, LookupError) as error:
+        raise ConfigError(f"{_where}: {config['_target_']}: {error}") from error

@@ -1,0 +1,30 @@
+"""Precision that a module asks for, whatever autocast is in force."""
+
+import contextlib
+from typing import Optional
+
+import torch
+
+DTYPES = {
+    "fp32": torch.float32, "float32": torch.float32,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp16": torch.float16, "float16": torch.float16,
+}  # fmt: skip
+
+
+def parse_dtype(name: Optional[str]) -> Optional[torch.dtype]:
+    """The dtype of a `dtype_override` setting (None stays None); raises ValueError for an unknown name."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise ValueError(f"dtype_override is {name!r}, expected one of {', '.join(DTYPES)} or null")
+    return DTYPES[name]
+
+
+def precision(device: torch.device, dtype: Optional[torch.dtype]):
+    """Context in which matrix products run in `dtype`: None leaves autocast as it is, fp32 switches it off."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    if dtype == torch.float32:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=dtype)

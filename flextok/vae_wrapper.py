@@ -1,0 +1,190 @@
+"""Images to latents and back."""
+
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .utils.batching import dense_batches
+from .utils.dtypes import parse_dtype, precision
+from .utils.random import BatchRandom
+
+# The architecture of the published VAEs (`EPFL-VILAB/flextok_vae_c4|c8|c16`).
+AUTOENCODER_KL = dict(
+    in_channels=3,
+    out_channels=3,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+)
+
+
+class StableDiffusionVAE(nn.Module):
+    """A diffusers AutoencoderKL (`.vae`): images [B, 3, H, W] in [-1, 1] <-> latents [B, C, H / 8, W / 8].
+
+    Args:
+        images_read_key, vae_latents_write_key: What `encode` reads and writes.
+        vae_latents_read_key, images_reconst_write_key: What `decode` reads and writes.
+        vae_kl_loss_write_key: Where `encode` writes the KL divergence of a VAE that is not frozen: [] fp32, the mean
+            over images, in nats per image.
+        scaling_factor: Latents are the VAE's own times this; None: the number in the VAE's own config.
+        dtype_override: Precision of the VAE, whatever autocast is in force; None: follow autocast.
+        hf_hub_path: Hub name or folder of the VAE's weights; None: random weights, to be loaded or trained.
+        sample_posterior: Latents are a sample of the posterior; otherwise its mode.
+        compile_encode_fn: Encode through torch.compile.
+        force_vae_encode: Encode even if the data_dict already holds latents.
+        frozen: No parameter is trained.
+        load_weights: Whether hf_hub_path is read for weights, or for the architecture alone.
+    """
+
+    def __init__(
+        self,
+        images_read_key: str = "rgb",
+        vae_latents_read_key: str = "vae_latents_reconst",
+        vae_latents_write_key: str = "vae_latents",
+        images_reconst_write_key: str = "rgb_reconst",
+        vae_kl_loss_write_key: str = "vae_kl_loss",
+        latent_channels: int = 4,
+        scaling_factor: Optional[float] = None,
+        dtype_override: Optional[str] = "fp32",
+        hf_hub_path: Optional[str] = None,
+        sample_posterior: bool = True,
+        learnable_logvar: bool = False,
+        logvar_init: float = 0.0,
+        compile_encode_fn: bool = False,
+        force_vae_encode: bool = True,
+        frozen: bool = True,
+        load_weights: bool = True,
+    ):
+        super().__init__()
+        self.images_read_key, self.vae_latents_write_key = images_read_key, vae_latents_write_key
+        self.vae_latents_read_key, self.images_reconst_write_key = vae_latents_read_key, images_reconst_write_key
+        self.vae_kl_loss_write_key, self.latent_channels = vae_kl_loss_write_key, latent_channels
+        self.dtype_override, self.hf_hub_path = parse_dtype(dtype_override), hf_hub_path
+        self.sample_posterior, self.force_vae_encode, self.frozen = sample_posterior, force_vae_encode, frozen
+        self.vae = self._build(hf_hub_path, latent_channels, load_weights)
+        self.scaling_factor = self.vae.config.scaling_factor if scaling_factor is None else scaling_factor
+        if learnable_logvar:
+            self.logvar = nn.Parameter(torch.tensor(float(logvar_init)))
+        if frozen:
+            self.requires_grad_(False)
+        self._encode = torch.compile(self.vae.encode) if compile_encode_fn else self.vae.encode
+
+    @staticmethod
+    def _build(hf_hub_path: Optional[str], latent_channels: int, load_weights: bool) -> nn.Module:
+        from diffusers import AutoencoderKL  # imported here: slow, and pixel models do not need it
+
+        if hf_hub_path is not None and load_weights:
+            try:
+                vae = AutoencoderKL.from_pretrained(hf_hub_path)
+            except (OSError, ValueError) as error:
+                raise RuntimeError(
+                    f"the VAE {hf_hub_path!r} is neither a folder, nor in the Hugging Face cache, nor can it be "
+                    f"downloaded ({error}): download it where there is a network (`hf download {hf_hub_path}`) and copy "
+                    "the folder, or the cache, here"
+                ) from error
+            if vae.config.latent_channels != latent_channels:
+                raise ValueError(
+                    f"latent_channels is {latent_channels}, but the VAE {hf_hub_path!r} has {vae.config.latent_channels}"
+                )
+            return vae
+        if hf_hub_path is not None:  # weights come from elsewhere: its architecture, where it can be had without waiting
+            try:
+                local = {} if Path(hf_hub_path).is_dir() else {"local_files_only": True}
+                return AutoencoderKL.from_config(AutoencoderKL.load_config(hf_hub_path, **local))
+            except (OSError, ValueError):
+                pass
+        return AutoencoderKL(**AUTOENCODER_KL, latent_channels=latent_channels)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per latent in each dimension."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def train(self, mode: bool = True) -> "StableDiffusionVAE":
+        return super().train(mode and not self.frozen)
+
+    def _no_grad_if_frozen(self):
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
+
+    @dense_batches
+    def encode(self, data_dict: dict) -> dict:
+        """Write latents [B, C, H / 8, W / 8]; keeps those that are there unless `force_vae_encode`."""
+        if not self.force_vae_encode and self.vae_latents_write_key in data_dict:
+            return data_dict
+        images = data_dict[self.images_read_key]
+        _check_images(images, self.downsample_factor)
+        with self._no_grad_if_frozen(), precision(images.device, self.dtype_override):
+            posterior = self._encode(images.to(self.dtype_override or images.dtype)).latent_dist
+            latents = posterior.mode()
+            if self.sample_posterior:
+                noise = BatchRandom.of(data_dict, images).normal("vae_posterior", latents.shape[1:])
+                latents = latents + posterior.std * noise.to(latents.dtype)
+            if not self.frozen:
+                data_dict[self.vae_kl_loss_write_key] = posterior.kl().mean()
+        data_dict[self.vae_latents_write_key] = latents.float() * self.scaling_factor
+        return data_dict
+
+    @dense_batches
+    def decode(self, data_dict: dict) -> dict:
+        """Write images [B, 3, H, W], in about [-1, 1]."""
+        latents = data_dict[self.vae_latents_read_key] / self.scaling_factor
+        with self._no_grad_if_frozen(), precision(latents.device, self.dtype_override):
+            images = self.vae.decode(latents.to(self.dtype_override or latents.dtype)).sample
+        data_dict[self.images_reconst_write_key] = images.float()
+        return data_dict
+
+
+class PixelUnshuffleVAE(nn.Module):
+    """A lossless stand-in for a VAE: each factor x factor block of pixels becomes one latent of 3 * factor^2 channels.
+
+    Nothing is learned, so a model can be trained from scratch with no pretrained weights. Same interface as
+    StableDiffusionVAE; `scaling_factor` brings pixels in [-1, 1] to a standard deviation of about 1.
+    """
+
+    def __init__(
+        self,
+        images_read_key: str = "rgb",
+        vae_latents_read_key: str = "vae_latents_reconst",
+        vae_latents_write_key: str = "vae_latents",
+        images_reconst_write_key: str = "rgb_reconst",
+        factor: int = 4,
+        scaling_factor: float = 2.0,
+        force_vae_encode: bool = True,
+    ):
+        super().__init__()
+        if factor < 1 or scaling_factor <= 0:
+            raise ValueError(f"factor is {factor} and scaling_factor {scaling_factor}, expected a positive integer and number")
+        self.images_read_key, self.vae_latents_write_key = images_read_key, vae_latents_write_key
+        self.vae_latents_read_key, self.images_reconst_write_key = vae_latents_read_key, images_reconst_write_key
+        self.downsample_factor, self.scaling_factor, self.force_vae_encode = factor, scaling_factor, force_vae_encode
+        self.latent_channels = 3 * factor**2
+        self.frozen = True
+
+    @dense_batches
+    def encode(self, data_dict: dict) -> dict:
+        """Images [B, 3, H, W] -> latents [B, 3 * factor^2, H / factor, W / factor]."""
+        if not self.force_vae_encode and self.vae_latents_write_key in data_dict:
+            return data_dict
+        images = data_dict[self.images_read_key]
+        _check_images(images, self.downsample_factor)
+        latents = F.pixel_unshuffle(images.float(), self.downsample_factor)
+        data_dict[self.vae_latents_write_key] = latents * self.scaling_factor
+        return data_dict
+
+    @dense_batches
+    def decode(self, data_dict: dict) -> dict:
+        """Latents -> images, the exact inverse of `encode`."""
+        latents = data_dict[self.vae_latents_read_key].float() / self.scaling_factor
+        data_dict[self.images_reconst_write_key] = F.pixel_shuffle(latents, self.downsample_factor)
+        return data_dict
+
+
+def _check_images(images: torch.Tensor, factor: int) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+        raise ValueError(
+            f"images are {list(images.shape)}, expected [B, 3, H, W] with H and W multiples of {factor}, in [-1, 1]"
+        )
