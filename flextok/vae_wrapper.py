@@ -79,7 +79,7 @@ class StableDiffusionVAE(nn.Module):
 
         if hf_hub_path is not None and load_weights:
             try:
-                vae = AutoencoderKL.from_pretrained(hf_hub_path)
+                vae = AutoencoderKL.from_pretrained(hf_hub_path, low_cpu_mem_usage=False)
             except (OSError, ValueError) as error:
                 raise RuntimeError(
                     f"the VAE {hf_hub_path!r} is neither a folder, nor in the Hugging Face cache, nor can it be "

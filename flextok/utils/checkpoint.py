@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -46,7 +46,7 @@ def save_safetensors(
         temporary.unlink(missing_ok=True)
 
 
-def _parse_metadata(text: str) -> Any:
+def parse_metadata(text: str) -> Any:
     for parse in (ast.literal_eval, json.loads, yaml.safe_load):
         try:
             return _none_for_null(parse(text))
@@ -77,7 +77,7 @@ def load_safetensors(
     try:
         with safe_open(safetensors_path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            metadata = {key: _parse_metadata(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+            metadata = {key: parse_metadata(value) for key, value in (file.metadata() or {}).items() if key != "format"}
     except (SafetensorError, ValueError, OSError) as error:
         size = Path(safetensors_path).stat().st_size
         raise CheckpointError(
@@ -87,8 +87,10 @@ def load_safetensors(
     return (tensors, metadata) if return_metadata else tensors
 
 
-def load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], source: str = "the checkpoint") -> None:
-    """Copy a state dict into a FlexTok model; every key must fit.
+def load_weights(
+    model: nn.Module, state_dict: Dict[str, torch.Tensor], source: str = "the checkpoint", fresh: Sequence[str] = ()
+) -> None:
+    """Copy a state dict into a FlexTok model; every key must fit. Modules named in `fresh` keep what they have.
 
     A state dict without any `vae.` key is one that was saved without its VAE: the model keeps the VAE that it has.
 
@@ -100,7 +102,8 @@ def load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], source: 
     if "vae.logvar" not in expected:
         state_dict.pop("vae.logvar", None)  # plays no part in what the VAE computes
     without_vae = not any(key.startswith("vae.") for key in state_dict)
-    needed = [key for key in expected if not (without_vae and key.startswith("vae."))]
+    kept = tuple(f"{name}." for name in [*fresh, *(["vae"] if without_vae else [])])
+    needed = [key for key in expected if not key.startswith(kept)]
     problems = [f"missing: {key} {list(expected[key].shape)}" for key in needed if key not in state_dict]
     problems += [f"unexpected: {key} {list(value.shape)}" for key, value in state_dict.items() if key not in expected]
     problems += [
@@ -111,12 +114,14 @@ def load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], source: 
     if problems:
         raise CheckpointError(f"{source} does not fit the model, {len(problems)} problems:\n  " + "\n  ".join(problems))
     model.load_state_dict(state_dict, strict=False)
-    if without_vae and len(needed) < len(expected) and getattr(model.vae, "hf_hub_path", None) is None:
+    if without_vae and any(key.startswith("vae.") for key in expected) and getattr(model.vae, "hf_hub_path", None) is None:
         log.warning("%s holds no VAE weights and the config names none: give latents, not images, to this model", source)
 
 
-def build_model(config: dict, state_dict: Dict[str, torch.Tensor], source: str = "the checkpoint") -> nn.Module:
-    """The model of a config with the weights of a state dict, in evaluation mode on the CPU.
+def build_model(
+    config: dict, state_dict: Dict[str, torch.Tensor], source: str = "the checkpoint", fresh: Sequence[str] = ()
+) -> nn.Module:
+    """The model of a config with the weights of a state dict, in evaluation mode on the CPU; `fresh` as load_weights.
 
     The VAE's own weights are fetched (config key `vae.hf_hub_path`) only if the state dict does not hold them.
     """
@@ -129,7 +134,7 @@ def build_model(config: dict, state_dict: Dict[str, torch.Tensor], source: str =
         vae = {**vae, "load_weights": False}
     model = FlexTokFromHub({**config, "vae": vae})
     model.config["vae"] = config["vae"]
-    load_weights(model, state_dict, source)
+    load_weights(model, state_dict, source, fresh)
     return model.eval()
 
 

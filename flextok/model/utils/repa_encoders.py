@@ -391,3 +391,20 @@ def _entry(name: Any) -> Tuple[EncoderFacts, _Family]:
         nearest = difflib.get_close_matches(str(name), _ENCODERS, n=3, cutoff=0.4) or list(_ENCODERS)
         raise ValueError(f"repa_encoder_type is {name!r}, which is not a known encoder: use {' or '.join(nearest)}")
     return _ENCODERS[name]
+
+
+def check_encoder_settings(encoder_type: str, encoder_dim: Optional[int], image_size: Optional[int]) -> None:
+    """Check settings of an encoder by name, before anything is loaded.
+
+    Raises:
+        ValueError: For an unknown name, or a number of channels or an image size that the encoder does not have.
+    """
+    facts, _ = _entry(encoder_type)
+    check_encoder_dim(encoder_dim, encoder_type, facts.dim)
+    _check_image_size(encoder_type, facts.image_size if image_size is None else image_size, facts.patch_size)
+
+
+def check_encoder_dim(given: Optional[int], name: str, actual: int) -> None:
+    """Raise ValueError if `given`, the encoder's channels as a config states them, is not what the encoder has."""
+    if given is not None and given != actual:
+        raise ValueError(f"repa_encoder_dim is {given}, but {name} gives {actual}: set {actual} or null")

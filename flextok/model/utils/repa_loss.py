@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flextok.model.utils.repa_encoders import FrozenEncoder, device_only, known_encoders, load_encoder
+from flextok.model.utils.repa_encoders import (
+    FrozenEncoder,
+    check_encoder_dim,
+    check_encoder_settings,
+    device_only,
+    load_encoder,
+)
 from flextok.utils.random import generator as addressed_generator
 
 # Vectors shorter than this are not stretched to unit length: a zero vector has similarity 0.
@@ -101,12 +107,9 @@ class REPAModule(nn.Module):
         if len(target_size) != 2 or min(target_size) < 1:
             raise ValueError(f"repa_target_size is {list(target_size)}, but must be [height, width], each at least 1")
         if encoder is None:
-            # A wrong width is found before gigabytes of weights are loaded; load_encoder reports unknown names.
-            facts = known_encoders().get(encoder_type)
-            if facts is not None:
-                _check_encoder_dim(encoder_dim, encoder_type, facts.dim)
+            check_encoder_settings(encoder_type, encoder_dim, image_size)
             encoder = load_encoder(encoder_type, encoder_repo, encoder_weights, image_size, encoder_revision)
-        _check_encoder_dim(encoder_dim, encoder.name, encoder.dim)
+        check_encoder_dim(encoder_dim, encoder.name, encoder.dim)
         self.decoder_dim, self.encoder_dim = decoder_dim, encoder.dim
         self.target_size = tuple(target_size)
         self.encoder = encoder.eval().requires_grad_(False)
@@ -237,8 +240,3 @@ def _check_tensor(what: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         count = f" of {len(value)}" if isinstance(value, (list, tuple)) else ""
         raise ValueError(f"{what} must be one tensor for the whole batch, but got a {type(value).__name__}{count}")
-
-
-def _check_encoder_dim(given: Optional[int], name: str, actual: int) -> None:
-    if given is not None and given != actual:
-        raise ValueError(f"repa_encoder_dim is {given}, but {name} gives {actual}: set {actual} or null")

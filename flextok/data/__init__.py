@@ -1,0 +1,1 @@
+"""Images as tensors: folders, splits, photographs for the quick start, samplers and loaders."""

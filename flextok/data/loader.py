@@ -1,0 +1,215 @@
+"""From datasets to batches: which image goes into which optimizer step, on which rank, in which micro-batch."""
+
+import logging
+import math
+from typing import Any, Iterable, Iterator, Optional, Sequence, Union
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from flextok.data.images import ImageFolderDataset, list_images, split_paths
+from flextok.data.photos import PhotoCrops
+from flextok.utils.random import generator
+
+logger = logging.getLogger(__name__)
+
+
+class GlobalBatchSampler(Sampler):
+    """Batch sampler that gives every image of an epoch an address: (optimizer step, position in its global batch).
+
+    One optimizer step takes a window of G = batch_size * accumulation * world_size images of the epoch's permutation.
+    A window is divided contiguously, first into micro-batches, then into ranks, so the addresses depend on G alone and
+    not on how it is factored. The last window of an epoch may be smaller; it is divided as evenly as possible into
+    the fewest micro-batches that hold it, of the same number on every rank. With one rank no image is lost. With
+    several, images are left out only where some rank would get an empty micro-batch: a window smaller than
+    `world_size`, or, with batch_size 1, the remainder of the last window after division by `world_size`.
+
+    Iterating yields this rank's micro-batches, each a list of (index, step, position), from the place given by
+    `set_state`. It does not advance the epoch: call `set_state(epoch, 0)` before each.
+
+    Args:
+        n_images: Images in the dataset.
+        batch_size: Most images in a micro-batch of one rank.
+        accumulation: Micro-batches in a full window.
+        shuffle: Permute the images in each epoch, by (seed, epoch); else in order.
+        seed: The run's seed.
+        rank: This process, of `world_size`.
+        drop_last: Leave out an incomplete last window.
+    """
+
+    def __init__(
+        self,
+        n_images: int,
+        batch_size: int,
+        accumulation: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+    ):
+        if min(n_images, batch_size, accumulation, world_size) < 1:
+            raise ValueError(
+                f"n_images is {n_images}, batch_size {batch_size}, accumulation {accumulation}, "
+                f"world_size {world_size}: each must be at least 1"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}: expected 0 to {world_size - 1}, as world_size is {world_size}")
+        self.n_images, self.batch_size, self.accumulation = n_images, batch_size, accumulation
+        self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
+        self.global_batch_size = batch_size * accumulation * world_size
+        self.epoch, self.step_in_epoch = 0, 0
+
+        full, rest = divmod(n_images, self.global_batch_size)
+        if rest < self._parts(rest):
+            rest -= rest % world_size
+        self._last_window = 0 if drop_last else rest
+        self.steps_per_epoch = full + (self._last_window > 0)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{n_images} images give no optimizer step: with world_size {world_size} and drop_last {drop_last}, "
+                f"at least {self.global_batch_size if drop_last else world_size} are needed"
+            )
+
+    def _parts(self, window_size: int) -> int:
+        """Micro-batches of all ranks together in a window."""
+        return math.ceil(window_size / (self.batch_size * self.world_size)) * self.world_size
+
+    def window_size(self, step_in_epoch: int) -> int:
+        """Images in the global batch of a step."""
+        if not 0 <= step_in_epoch < self.steps_per_epoch:
+            raise IndexError(f"step_in_epoch is {step_in_epoch}: an epoch has {self.steps_per_epoch} steps, from 0")
+        is_last = step_in_epoch == self.steps_per_epoch - 1
+        return self._last_window if is_last and self._last_window else self.global_batch_size
+
+    def micro_batches(self, step_in_epoch: int) -> int:
+        """Micro-batches in a step, the same number on every rank."""
+        return self._parts(self.window_size(step_in_epoch)) // self.world_size
+
+    def set_state(self, epoch: int, step_in_epoch: int) -> None:
+        """Let the next iteration start at a step of an epoch; at `steps_per_epoch` nothing of it is left."""
+        if epoch < 0 or not 0 <= step_in_epoch <= self.steps_per_epoch:
+            raise ValueError(
+                f"epoch is {epoch} and step_in_epoch is {step_in_epoch}: expected at least 0, and 0 to "
+                f"{self.steps_per_epoch}, the steps of an epoch of {self.n_images} images"
+            )
+        self.epoch, self.step_in_epoch = epoch, step_in_epoch
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank in a whole epoch, wherever the iteration starts."""
+        last_step = self.steps_per_epoch - 1
+        return last_step * self.accumulation + self.micro_batches(last_step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        epoch, order = self.epoch, range(self.n_images)
+        if self.shuffle:
+            order = torch.randperm(self.n_images, generator=generator(self.seed, "epoch", epoch)).tolist()
+        for step_in_epoch in range(self.step_in_epoch, self.steps_per_epoch):
+            step = epoch * self.steps_per_epoch + step_in_epoch
+            start = step_in_epoch * self.global_batch_size
+            size = self.window_size(step_in_epoch)
+            parts = self._parts(size)
+            for part in range(self.rank, parts, self.world_size):
+                positions = range(part * size // parts, (part + 1) * size // parts)
+                yield [(order[start + position], step, position) for position in positions]
+
+
+def collate(items: Sequence[dict]) -> dict:
+    """Join dataset items into a batch.
+
+    Returns:
+        `image` float32 [B, 3, S, S], `index` and `position` long [B], `flip` bool [B], `broken` list of paths.
+    """
+    return {
+        "image": torch.stack([item["image"] for item in items]),
+        "index": torch.tensor([item["index"] for item in items]),
+        "position": torch.tensor([item["position"] for item in items]),
+        "flip": torch.tensor([item["flip"] for item in items]),
+        "broken": [path for item in items for path in item["broken"]],
+    }
+
+
+def build_loader(
+    dataset: Dataset, sampler: GlobalBatchSampler, num_workers: int, device: Union[str, torch.device]
+) -> DataLoader:
+    """A loader of the sampler's micro-batches, collated; pinned memory on CUDA only.
+
+    Batches do not depend on `num_workers`. PyTorch gives each worker one thread. With workers, up to two batches per
+    worker are read ahead.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=torch.device(device).type == "cuda",
+        persistent_workers=num_workers > 0,
+        prefetch_factor=2 if num_workers > 0 else None,
+        generator=torch.Generator(),  # else every epoch would draw the workers' seed from the global random state
+    )
+
+
+def build_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
+    """The training and the validation dataset of a configuration; no validation dataset if its split is empty.
+
+    Args:
+        config: Has dataset_name (`photos`, `celebahq`, or any other name for a folder), data_path, img_size,
+            use_augmentation (mirrored images), random_crop, val_fraction, photos_train_crops, photos_val_crops, seed.
+    """
+    if config.dataset_name == "photos":
+        train = PhotoCrops(
+            "train", config.img_size, config.photos_train_crops, flip=config.use_augmentation, seed=config.seed
+        )
+        return train, PhotoCrops("val", config.img_size, config.photos_val_crops, seed=config.seed)
+
+    if not config.data_path:
+        raise ValueError(
+            f"data_path is {config.data_path!r}, but dataset_name is {config.dataset_name!r}: set data_path to the "
+            "folder that holds your images, or dataset_name to photos"
+        )
+    paths = list_images(config.data_path)
+    train_paths, val_paths, _ = split_paths(paths, config.dataset_name, config.val_fraction, config.seed)
+    train = ImageFolderDataset(
+        train_paths, config.img_size, flip=config.use_augmentation, random_crop=config.random_crop, seed=config.seed
+    )
+    return train, ImageFolderDataset(val_paths, config.img_size, seed=config.seed) if val_paths else None
+
+
+class TooManyBrokenFiles(RuntimeError):
+    """More image files cannot be read than a run tolerates."""
+
+
+class BrokenFiles:
+    """Counts the different files that could not be read, and names each once in the log.
+
+    More than 1 % of the dataset's files stop the run; one file never does, however small the dataset.
+
+    Args:
+        n_images: Images in the dataset.
+    """
+
+    def __init__(self, n_images: int):
+        self.n_images = n_images
+        self.paths: list[str] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.paths)
+
+    def add(self, paths: Iterable[str]) -> None:
+        """Take note of a batch's `broken` paths.
+
+        Raises:
+            TooManyBrokenFiles: With this, more than max(1, 1 % of the images) are broken.
+        """
+        for path in paths:
+            if path not in self.paths:
+                self.paths.append(path)
+                logger.warning("cannot read the image %s: another takes its place", path)
+        if self.count > max(1, self.n_images / 100):
+            shown = "\n".join(self.paths[:20])
+            more = f"\nand {self.count - 20} more" if self.count > 20 else ""
+            raise TooManyBrokenFiles(
+                f"{self.count} of {self.n_images} images cannot be read, more than 1 %: "
+                f"repair or remove them, then start again\n{shown}{more}"
+            )

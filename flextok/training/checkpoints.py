@@ -1,0 +1,108 @@
+"""Checkpoint files: written whole or not at all, and read without executing anything."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from ..utils.checkpoint import CheckpointError
+
+LATEST, BEST = "latest.pt", "best.pt"
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(temporary path), flush what it wrote to disk, then rename it to `path`.
+
+    A crash, a kill or a full disk at any moment leaves the previous file as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def save_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Write a checkpoint dict (tensors and plain values only) atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def link_checkpoint(source: Path, target: Path) -> None:
+    """Make `target` a second name of the file at `source`; a later write of `source` leaves `target` as it is."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        write_atomically(target, lambda path: path.write_bytes(source.read_bytes()))
+    else:
+        os.replace(temporary, target)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read a checkpoint on the CPU with `weights_only=True`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is truncated, or not a checkpoint of this trainer.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is not a readable checkpoint: {error}") from error
+    if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is not a checkpoint of train_flextok.py: it has no model_state_dict")
+    return checkpoint
+
+
+def find_checkpoint(resume: str, run_dir: Optional[Path], checkpoint_dir: Path, run_name: str) -> Optional[Path]:
+    """The checkpoint file that `resume` means: `latest`, a run folder, or a file.
+
+    `latest` is that of `run_dir` if given, else of the newest run of this name under `checkpoint_dir`; None if there is
+    none yet, so that the same command line starts a run and continues it.
+
+    Raises:
+        FileNotFoundError: A path that does not exist, or a folder without a checkpoint.
+    """
+    if resume == "latest":
+        folders = [run_dir] if run_dir is not None else [p for p in checkpoint_dir.glob(f"{run_name}-*") if p.is_dir()]
+        files = [folder / "checkpoints" / LATEST for folder in folders]
+        return max((file for file in files if file.is_file()), key=lambda file: file.stat().st_mtime, default=None)
+    path = Path(resume)
+    if path.is_dir():
+        for candidate in (path / "checkpoints" / LATEST, path / LATEST):
+            if candidate.is_file():
+                return candidate
+        raise FileNotFoundError(f"resume: the folder {path} has no checkpoints/{LATEST}")
+    if not path.is_file():
+        raise FileNotFoundError(f"resume: there is no checkpoint at {path}; give a file, a run folder, or `latest`")
+    return path
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines of a metrics file that were logged after `step`, and a last line that was cut off."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))

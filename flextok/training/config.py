@@ -1,0 +1,328 @@
+"""The settings of a training run: one typed field each, with its meaning; also what checks a YAML file."""
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
+
+import yaml
+
+from ..utils.config import ConfigError, nearest
+
+
+def setting(default: Any, help: str, choices=None, minimum=None, maximum=None, above=None):
+    """A field with its meaning and limits; `above` is an exclusive lower limit."""
+    metadata = dict(help=help, choices=choices, minimum=minimum, maximum=maximum, above=above)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    # Model
+    model_name: str = setting(
+        "EPFL-VILAB/flextok_d18_d18_in1k",
+        "Model to start from: a Hub name, a folder (config.json, model.safetensors), or a .safetensors file.",
+    )
+    model: Optional[Dict[str, Any]] = setting(
+        None, "A new model by size instead: `preset` (d12-d12, d18-d18, d18-d28) and arguments of flextok.model.builder.build_config."
+    )
+    train_from_scratch: bool = setting(
+        False, "Take the architecture of model_name, but initialise encoder and decoder anew (the VAE keeps its weights)."
+    )
+    fsq_levels: Optional[List[int]] = setting(
+        None, "Other FSQ levels than the model's; the two layers around the quantiser are initialised anew.", minimum=2
+    )
+    train_encoder: bool = setting(True, "Train the encoder.")
+    train_decoder: bool = setting(True, "Train the decoder.")
+    train_vae: bool = setting(
+        False, "Train the VAE too, by its own reconstruction (MSE) and KL loss; the flow loss does not reach it."
+    )
+    vae_kl_weight: float = setting(1e-6, "Weight of the KL divergence (nats per image) in the VAE's loss.", minimum=0)
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, about a third more time, the same numbers."
+    )
+    compile: bool = setting(False, "Run encoder and decoder through torch.compile.")
+
+    # Data
+    dataset_name: str = setting(
+        "folder",
+        "`folder` (any images), `celebahq` (its 27000/1500/1500 split), or `photos` (crops of the photographs that "
+        "scikit-image and scikit-learn carry).",
+    )
+    data_path: Optional[str] = setting(None, "Folder of images: flat, in `images/`, or nested. Not needed for `photos`.")
+    img_size: int = setting(256, "Side of the square training images in pixels.", minimum=1)
+    use_augmentation: bool = setting(True, "Flip half of the training images horizontally.")
+    random_crop: bool = setting(False, "Crop training images at a random place instead of the centre.")
+    val_fraction: float = setting(0.05, "Part of a `folder` that is kept for validation.", minimum=0, maximum=0.9)
+    photos_train_crops: int = setting(512, "Training crops of `photos`.", minimum=1)
+    photos_val_crops: int = setting(64, "Validation crops of `photos`.", minimum=0)
+    num_workers: int = setting(4, "Processes that load images; 0 loads in the training process.", minimum=0)
+
+    # Training
+    seed: int = setting(0, "Seed of initialisation, data order and every random draw.", minimum=0)
+    num_epochs: int = setting(10, "Passes over the training images; the learning-rate schedule ends with them.", minimum=1)
+    batch_size: int = setting(8, "Images per forward pass.", minimum=1)
+    gradient_accumulation_steps: int = setting(1, "Forward passes per optimizer step.", minimum=1)
+    use_amp: bool = setting(True, "Autocast to bf16 where the device has it (fp16 with loss scaling on older GPUs).")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm over all trained parameters; 0: never.", minimum=0)
+    val_batch_size: Optional[int] = setting(None, "Images per validation pass; null: batch_size.", minimum=1)
+    max_val_batches: Optional[int] = setting(None, "Validation passes at most; null: the whole validation set.", minimum=1)
+    val_every_steps: Optional[int] = setting(
+        None, "Validate every so many steps too; null: only at the end of each epoch.", minimum=1
+    )
+
+    # Optimizer
+    optimizer: str = setting("adamw", "Optimizer.", choices=("adamw", "adam"))
+    learning_rate: float = setting(1e-4, "Learning rate where no other is given.", above=0)
+    encoder_lr: Optional[float] = setting(None, "Learning rate of the encoder; null: learning_rate.", above=0)
+    decoder_lr: Optional[float] = setting(None, "Learning rate of the decoder; null: learning_rate.", above=0)
+    vae_lr: Optional[float] = setting(None, "Learning rate of the VAE; null: learning_rate.", above=0)
+    betas: List[float] = setting([0.9, 0.99], "Adam's decay rates of the first and second moment.", minimum=0, maximum=1)
+    weight_decay: float = setting(0.01, "Weight decay.", minimum=0)
+    eps: float = setting(1e-8, "Adam's epsilon.", above=0)
+    scheduler: str = setting(
+        "cosine", "Course of the learning rate after warm-up: to min_lr at the last step, or constant.",
+        choices=("cosine", "linear", "none"),
+    )  # fmt: skip
+    warmup_steps: int = setting(500, "Steps of linear warm-up.", minimum=0)
+    min_lr: float = setting(1e-6, "Learning rate of the last step (cosine, linear).", minimum=0)
+    use_ema: bool = setting(
+        False, "Keep an exponential moving average of the model; validation, pictures and the export then use it."
+    )
+    ema_decay: float = setting(
+        0.9999, "Decay of the average per step; smaller in the first steps: at most (1 + step) / (10 + step).",
+        minimum=0, maximum=1,
+    )  # fmt: skip
+
+    # REPA
+    use_repa: bool = setting(False, "Align a decoder layer with a frozen vision encoder (arXiv 2410.06940).")
+    repa_weight: float = setting(1.0, "Weight of the REPA loss: loss = flow_loss + repa_weight * repa_loss.", above=0)
+    repa_encoder_type: str = setting(
+        "dinov2_vitl14", "Frozen encoder: dinov2_vits14, vitb14, vitl14 or vitg14, each with _reg, or efficientnet_lite0."
+    )
+    repa_encoder_dim: Optional[int] = setting(
+        None, "Channels of the encoder's features (S 384, B 768, L 1024, G 1536); null: ask the encoder.", minimum=1
+    )
+    repa_target_size: List[int] = setting([37, 37], "Height and width of the grid on which features are compared.", minimum=1)
+    repa_lr: float = setting(1e-4, "Learning rate of the REPA projector.", above=0)
+    repa_image_size: Optional[int] = setting(
+        None, "Side in pixels of the images that the encoder sees; null: its own (518 for DINOv2).", minimum=1
+    )
+    repa_encoder_repo: Optional[str] = setting(None, "Folder with the encoder's hubconf.py, for machines without network.")
+    repa_encoder_weights: Optional[str] = setting(None, "File with the encoder's weights (.pth), for machines without network.")
+    repa_encoder_revision: Optional[str] = setting(None, "Branch, tag or commit of the encoder's repository.")
+    repa_constant_images: int = setting(
+        1000, "Training images that the constant prediction (val/repa_loss_constant) is fitted to; 0: not computed.",
+        minimum=0,
+    )  # fmt: skip
+
+    # Pictures
+    visualize_every: int = setting(1000, "Steps between pictures of flexible-length reconstructions; 0: only at the end.", minimum=0)
+    num_vis_images: int = setting(8, "Validation images in a picture.", minimum=1)
+    vis_token_counts: List[int] = setting([1, 4, 16, 64, 256], "Token counts in a picture.", minimum=1)
+    inference_steps: int = setting(25, "Sampler steps for pictures.", minimum=1)
+    guidance_scale: float = setting(7.5, "Guidance scale for pictures; 1: none.", minimum=0)
+    perform_norm_guidance: bool = setting(True, "Adaptive projected guidance (APG) rather than classifier-free guidance.")
+
+    # Run
+    checkpoint_dir: str = setting("runs", "Folder under which each run gets its own, by name and date.")
+    resume: Optional[str] = setting(None, "Checkpoint, run folder or `latest` to continue from.")
+    save_every: int = setting(10, "Epochs between checkpoints that are kept; 0: only latest and best.", minimum=0)
+    save_every_steps: int = setting(1000, "Steps between writings of the latest checkpoint; 0: only at the end of epochs.", minimum=0)
+    log_every: int = setting(10, "Steps between logged metrics.", minimum=1)
+    use_wandb: bool = setting(True, "Log to Weights & Biases; offline by itself where there is no login or no network.")
+    wandb_project: str = setting("flextok-repa", "W&B project.")
+    wandb_run_name: Optional[str] = setting(None, "Name of the run; null: that of the config file.")
+    wandb_tags: List[str] = setting([], "W&B tags.")
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _checked(field, hints[field.name], getattr(self, field.name)))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if len(self.betas) != 2 or max(self.betas) >= 1:
+            raise ConfigError(f"betas is {self.betas}, expected two numbers below 1, e.g. [0.9, 0.99]")
+        if len(self.repa_target_size) != 2:
+            raise ConfigError(f"repa_target_size is {self.repa_target_size}, expected [height, width]")
+        if not (self.train_encoder or self.train_decoder or self.train_vae):
+            raise ConfigError("train_encoder, train_decoder and train_vae are all false: there is nothing to train")
+        if self.dataset_name != "photos" and self.data_path is None:
+            raise ConfigError(
+                f"data_path is missing: give the folder of images (dataset_name is {self.dataset_name!r}; only `photos` "
+                "needs no folder)"
+            )
+        if self.scheduler != "none":
+            for name, rate in self.learning_rates().items():
+                if rate <= self.min_lr:
+                    raise ConfigError(
+                        f"the learning rate of {name} is {rate} and min_lr is {self.min_lr}: the {self.scheduler} "
+                        "schedule needs min_lr below every learning rate (or scheduler: none)"
+                    )
+        if self.model is not None:
+            _check_model_arguments(self.model)
+
+    def learning_rates(self) -> Dict[str, float]:
+        """Base learning rate of each optimizer group in use."""
+        rates = {}
+        for group in ("encoder", "decoder", "vae"):
+            if getattr(self, f"train_{group}"):
+                rates[group] = getattr(self, f"{group}_lr") or self.learning_rate
+        if self.use_repa:
+            rates["repa_projector"] = self.repa_lr
+        return rates
+
+    @classmethod
+    def from_dict(cls, values: Dict[str, Any]) -> "TrainConfig":
+        """Check a dict of settings; raises ConfigError for unknown keys, wrong types and impossible values."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"the config is {_describe(values)}, expected a mapping of settings")
+        values = dict(values)
+        if "disable_gradient_checkpointing" in values:  # the older name, with the opposite sense
+            disabled = values.pop("disable_gradient_checkpointing")
+            if not isinstance(disabled, bool):
+                raise ConfigError(f"disable_gradient_checkpointing is {_describe(disabled)}, expected true or false")
+            if values.setdefault("gradient_checkpointing", not disabled) == disabled:
+                raise ConfigError("gradient_checkpointing and disable_gradient_checkpointing contradict each other")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = [f"{key!r}{nearest(key, known)}" for key in values if key not in known]
+        if unknown:
+            raise ConfigError(f"unknown setting{'s' if len(unknown) > 1 else ''}: {', '.join(unknown)}")
+        return cls(**values)
+
+    def to_dict(self) -> Dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _describe(value: Any) -> str:
+    kinds = {bool: "true/false", int: "a whole number", float: "a number", str: "a string", list: "a list",
+             dict: "a mapping", type(None): "null"}  # fmt: skip
+    return f"{value!r} ({kinds.get(type(value), type(value).__name__)})"
+
+
+def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
+    """`value` in the field's type and within its limits, or ConfigError."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    scalar = arguments[0] if origin is list else kind
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a mapping"}.get(
+        scalar if origin is not dict else dict
+    )
+    if origin is list:
+        expected = f"a list of {expected.removeprefix('a ')}s"
+    if type(None) in options:
+        expected += " or null"
+
+    def convert(item):
+        if scalar is float and isinstance(item, int) and not isinstance(item, bool):
+            return float(item)
+        if type(item) is not (dict if origin is dict else scalar):
+            hint = ": remove the quotes" if isinstance(item, str) and _is_number(item) else ""
+            raise ConfigError(f"{field.name} is {_describe(value)}, expected {expected}{hint}")
+        return item
+
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{field.name} is {_describe(value)}, expected {expected}")
+        value = [convert(item) for item in value]
+    else:
+        value = convert(value)
+    limits = field.metadata
+    if limits["choices"] is not None and value not in limits["choices"]:
+        raise ConfigError(
+            f"{field.name} is {value!r}, expected one of {', '.join(limits['choices'])}{nearest(value, limits['choices'])}"
+        )
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, float) and not abs(item) < float("inf"):
+            raise ConfigError(f"{field.name} is {item}, expected a finite number")
+        if limits["minimum"] is not None and item < limits["minimum"]:
+            raise ConfigError(f"{field.name} is {value}, expected at least {limits['minimum']}")
+        if limits["maximum"] is not None and item > limits["maximum"]:
+            raise ConfigError(f"{field.name} is {value}, expected at most {limits['maximum']}")
+        if limits["above"] is not None and item <= limits["above"]:
+            raise ConfigError(f"{field.name} is {value}, expected more than {limits['above']}")
+    return value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_model_arguments(arguments: Dict[str, Any]) -> None:
+    from ..model.builder import build_config
+
+    known = ["preset", *inspect.signature(build_config).parameters]
+    for key in arguments:
+        if key not in known:
+            raise ConfigError(f"model: unknown argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the floats of YAML 1.2 (`1e-4` is a number), where a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int, float, bool)) and key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
+            seen.add(key) if isinstance(key, (str, int, float, bool)) else None
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML text to plain values; raises ConfigError with the line where it is wrong."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}") from error
+
+
+def load_config(path: Union[str, Path], overrides: typing.Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and apply `key=value` overrides (values are YAML; `model.key=value` reaches into `model`).
+
+    Raises:
+        ConfigError: The file is missing or not YAML, or a setting is unknown, of the wrong type or impossible.
+    """
+    path = Path(path)
+    if not path.is_file():
+        configs = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        raise ConfigError(f"there is no config file {path}; in configs/: {', '.join(configs) or 'nothing'}")
+    try:
+        values = parse_yaml(path.read_text()) or {}
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: {_describe(values)}, expected a mapping of settings")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {override!r}: expected key=value, e.g. --set use_repa=true")
+        *parents, key = key.strip().split(".")
+        target = values
+        for parent in parents:
+            if not isinstance(target.get(parent), dict):
+                target[parent] = {}
+            target = target[parent]
+        target[key] = parse_yaml(text)
+    return TrainConfig.from_dict(values)

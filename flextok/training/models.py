@@ -1,0 +1,143 @@
+"""The model that a training config asks for."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+
+from ..flextok_wrapper import CONFIG_NAME, WEIGHTS_NAME, FlexTokFromHub, flat_config
+from ..model.builder import PRESETS, build_config, preset_config, with_fsq_levels
+from ..utils.checkpoint import CheckpointError, build_model, load_safetensors, parse_metadata
+from ..utils.config import ConfigError
+from ..utils.random import address_key
+from .config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+def new_model_config(config: TrainConfig) -> dict:
+    """The FlexTok config of `model`, the settings of a new model by size."""
+    arguments = {"img_size": config.img_size, **config.model}
+    preset = arguments.pop("preset", None)
+    try:
+        return build_config(**arguments) if preset is None else preset_config(preset, **arguments)
+    except TypeError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def _files(model_name: str) -> "tuple[Optional[Path], Optional[Path]]":
+    """(config.json, weights) of a local model; (None, None) if the name is not local."""
+    path = Path(model_name)
+    if path.is_dir():
+        if not (path / WEIGHTS_NAME).is_file():
+            raise ConfigError(f"model_name: the folder {path} has no {WEIGHTS_NAME}")
+        return (path / CONFIG_NAME if (path / CONFIG_NAME).is_file() else None), path / WEIGHTS_NAME
+    if path.is_file():
+        return None, path
+    if path.suffix == ".safetensors" or path.is_absolute() or model_name.startswith("."):
+        raise ConfigError(f"model_name: there is no file or folder {model_name}")
+    return None, None
+
+
+def known_model_config(config: TrainConfig) -> Optional[dict]:
+    """The FlexTok config of the run's model as far as it can be told without loading weights or asking the Hub.
+
+    Published names are known by their size; None for other Hub names.
+    """
+    if config.model is not None:
+        return new_model_config(config)
+    config_file, weights = _files(config.model_name)
+    if weights is None:
+        for preset in PRESETS:
+            if preset.replace("-", "_") in config.model_name:
+                return preset_config(preset)
+        return None
+    try:
+        if config_file is not None:
+            return flat_config(json.loads(config_file.read_text()))
+        with safe_open(weights, framework="pt") as file:
+            header = dict(file.metadata() or {})
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise CheckpointError(f"model_name: {config_file or weights} cannot be read: {error}") from error
+    if "encoder" not in header and "config" not in header:
+        raise ConfigError(f"model_name: {weights} has no config, neither {CONFIG_NAME} beside it nor in its header")
+    return flat_config({key: parse_metadata(value) for key, value in header.items()})
+
+
+def load_model(config: TrainConfig) -> FlexTokFromHub:
+    """Build or load the model of a run, on the CPU.
+
+    New weights depend on `seed` alone and leave torch's global random state as it was.
+
+    Raises:
+        ConfigError, CheckpointError: Nothing there, or it does not fit; the message says what.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(address_key(config.seed, "model") >> 1)
+        if config.model is not None:
+            model_config = new_model_config(config)
+            if config.fsq_levels is not None:
+                model_config, _ = with_fsq_levels(model_config, config.fsq_levels)
+            return FlexTokFromHub(model_config)
+        model_config, tensors = _fetch(config.model_name)
+        levels_differ = config.fsq_levels is not None and config.fsq_levels != model_config["regularizer"]["levels"]
+        fresh = []
+        if levels_differ:
+            model_config, fresh = with_fsq_levels(model_config, config.fsq_levels)
+        if config.train_from_scratch:
+            fresh = ["encoder", "decoder"]
+        if not fresh:
+            return build_model(model_config, tensors, config.model_name)
+        kept = {key: value for key, value in tensors.items() if not key.startswith(tuple(f"{name}." for name in fresh))}
+        return build_model(model_config, kept, config.model_name, fresh=fresh)
+
+
+def _fetch(model_name: str) -> "tuple[dict, dict]":
+    """(config, tensors) of a folder, a file, or a Hub repository."""
+    config_file, weights = _files(model_name)
+    if weights is None:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            config_file, weights = (Path(hf_hub_download(model_name, name)) for name in (CONFIG_NAME, WEIGHTS_NAME))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model_name: {model_name!r} is neither a folder, nor in the Hugging Face cache, nor can it be downloaded "
+                f"({error}). Without network, run `hf download {model_name}` elsewhere and copy the folder here"
+            ) from error
+    tensors, header = load_safetensors(weights)
+    if config_file is not None:
+        header = json.loads(config_file.read_text())
+    return flat_config(header), tensors
+
+
+def check_repa_model(model: nn.Module) -> None:
+    """Raise ConfigError unless the decoder keeps an activation for REPA and can unpack it."""
+    modules = model.decoder.module_dict
+    for name in ("dec_transformer", "dec_repa_unpacker"):
+        if name not in modules:
+            raise ConfigError(f"use_repa is true, but the model's decoder has no {name!r}: use a model whose config has it")
+    transformer = modules["dec_transformer"]
+    if transformer.intermediate_layer_write_key is None or not transformer.intermediate_layers:
+        raise ConfigError(
+            "use_repa is true, but dec_transformer keeps no intermediate layer: its config needs "
+            "intermediate_layer_write_key: dec_packed_seq_repa_layer and intermediate_layers: [1]"
+        )
+
+
+def check_repa_settings(config: TrainConfig) -> None:
+    """Raise ConfigError unless encoder, dimensions and image size fit each other; loads nothing."""
+    from ..model.utils.repa_encoders import check_encoder_settings
+
+    try:
+        check_encoder_settings(config.repa_encoder_type, config.repa_encoder_dim, config.repa_image_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for key in ("repa_encoder_repo", "repa_encoder_weights"):
+        path = getattr(config, key)
+        if path is not None and not Path(path).exists():
+            raise ConfigError(f"{key}: there is nothing at {path}")

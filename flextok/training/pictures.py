@@ -1,0 +1,61 @@
+"""Pictures of a run: grids of reconstructions and curves of losses."""
+
+import json
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..utils.demo import batch_to_pil
+from .checkpoints import write_atomically
+
+MIN_CELL = 128  # pixels; smaller images are enlarged by a whole factor, so that titles fit and pixels stay visible
+
+
+def save_grid(columns: Sequence[torch.Tensor], titles: Sequence[str], path: Path) -> None:
+    """Write a PNG with one column per entry of `columns` ([B, 3, H, W] in [-1, 1]) under its title."""
+    images = [batch_to_pil(column) for column in columns]
+    width, height = images[0][0].size
+    zoom = max(1, -(-MIN_CELL // width))
+    width, height, gap = width * zoom, height * zoom, 4
+    font = ImageFont.load_default(size=max(14, width // 10))
+    header = int(font.size * 1.8)
+    rows = len(images[0])
+    grid = Image.new("RGB", (len(images) * (width + gap) + gap, header + rows * (height + gap)), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (column, title) in enumerate(zip(images, titles)):
+        x = gap + i * (width + gap)
+        draw.text((x + width / 2, header / 2), title, fill="black", font=font, anchor="mm")
+        for j, image in enumerate(column):
+            grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, header + j * (height + gap)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: grid.save(temporary, format="PNG"))
+
+
+def save_curves(metrics_path: Path, path: Path) -> None:
+    """Draw the losses of a metrics.jsonl: flow on the left, REPA (if there) on the right with its constant baseline."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+
+    def series(key):
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    has_repa = any("train/repa_loss" in r for r in records)
+    figure = Figure(figsize=(10 if has_repa else 5.5, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2 if has_repa else 1, squeeze=False)[0]
+    for axis, name in zip(axes, ("flow_loss", "repa_loss")):
+        axis.plot(*series(f"train/{name}"), color="tab:blue", linewidth=1, alpha=0.7, label=f"train/{name}")
+        axis.plot(*series(f"val/{name}"), color="tab:orange", marker=".", label=f"val/{name}")
+        _, constant = series(f"val/{name}_constant")
+        if constant:
+            axis.axhline(constant[0], color="grey", linestyle="--", label=f"val/{name}_constant")
+        axis.set_xlabel("step")
+        axis.set_title("flow loss (mean squared velocity error)" if name == "flow_loss" else "REPA loss (- cosine)")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

