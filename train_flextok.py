@@ -50,6 +50,7 @@ from flextok.training.models import check_repa_model, check_repa_settings, known
 from flextok.training.pictures import save_curves, save_grid
 from flextok.utils.checkpoint import CheckpointError, load_weights
 from flextok.utils.config import ConfigError
+from flextok.utils.errors import UserError
 from flextok.utils.modules import count_parameters, evaluating
 from flextok.utils.random import RANDOM_KEY, BatchRandom
 
@@ -714,8 +715,9 @@ Done: {trainer.global_step} steps.
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
     try:
         main(ARGUMENTS)
-    except (ConfigError, CheckpointError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (UserError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")

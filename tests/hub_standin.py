@@ -12,7 +12,7 @@ import torch
 
 FOLDER = "facebookresearch_dinov2_main"
 
-HUBCONF = '''
+HUBCONF = """
 import warnings
 
 import torch
@@ -52,7 +52,7 @@ def _entry(backbone, num_registers):
 for _backbone in WIDTHS:
     globals()[_backbone] = _entry(_backbone, 0)
     globals()[_backbone + "_reg"] = _entry(_backbone, 4)
-'''
+"""
 
 
 def write_repository(folder: Path) -> Path:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flextok.data.images import ImageFolderDataset, list_images, split_paths
 from flextok.data.photos import PhotoCrops
+from flextok.utils.errors import UserError
 from flextok.utils.random import generator
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def build_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
     return train, ImageFolderDataset(val_paths, config.img_size, seed=config.seed) if val_paths else None
 
 
-class TooManyBrokenFiles(RuntimeError):
+class TooManyBrokenFiles(UserError, RuntimeError):
     """More image files cannot be read than a run tolerates."""
 
 

@@ -13,11 +13,13 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .errors import UserError
+
 log = logging.getLogger(__name__)
 PathLike = Union[str, os.PathLike]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """Weights that cannot be read, or that do not fit the model."""
 
 
@@ -39,7 +41,10 @@ def save_safetensors(
     temporary = save_path.with_name(save_path.name + ".tmp")
     try:
         save_file(tensors, temporary, metadata=metadata)
+        umask = os.umask(0)
+        os.umask(umask)
         with open(temporary, "rb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~umask)  # safetensors makes files for their owner alone
             os.fsync(file.fileno())
         os.replace(temporary, save_path)
     finally:

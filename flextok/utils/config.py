@@ -10,6 +10,8 @@ import importlib
 import inspect
 from typing import Any
 
+from .errors import UserError
+
 _PREPROCESSORS = "flextok.model.preprocessors."
 _POSTPROCESSORS = "flextok.model.postprocessors."
 
@@ -59,7 +61,7 @@ UNSUPPORTED_TARGETS = frozenset(
 MAX_DEPTH = 32
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A config that cannot be built; the message says where in the tree, what was given and what was expected."""
 
 

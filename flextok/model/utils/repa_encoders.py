@@ -22,6 +22,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ...utils.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,7 +37,7 @@ LOAD_TIMEOUT = timedelta(hours=2)
 T = TypeVar("T")
 
 
-class EncoderUnavailable(RuntimeError):
+class EncoderUnavailable(UserError, RuntimeError):
     """The code or the weights of an encoder are not here and cannot be fetched; the message says what to copy."""
 
 

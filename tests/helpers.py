@@ -1,0 +1,66 @@
+"""Small FlexTok models and inputs that several test files use."""
+
+import math
+from typing import Dict, List, Union
+
+import torch
+from torch import nn
+
+from flextok import FlexTokFromHub
+from flextok.model.builder import build_config
+from flextok.utils.random import BatchRandom
+
+N_REGISTERS = 8
+LATENT_SHAPE = (48, 8, 8)
+
+
+def tiny_config(**overrides) -> dict:
+    """A pixel model: 32 x 32 images, latents 48 x 8 x 8, 4 x 4 patches, 8 registers, two blocks of width 64 each way."""
+    arguments = dict(
+        encoder_depth=2, decoder_depth=2, encoder_width=64, decoder_width=64, head_dim=32, n_registers=N_REGISTERS,
+        img_size=32, vae="pixel", vae_factor=4,
+    )  # fmt: skip
+    return build_config(**{**arguments, **overrides})
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every trained parameter random values, so that no layer that starts at zero hides an error."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                std = 1 / math.sqrt(parameter.shape[1]) if parameter.ndim == 2 else 0.3
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return module
+
+
+def tiny_model(seed: int = 0, **overrides) -> FlexTokFromHub:
+    """The model of `tiny_config`, random and in evaluation mode."""
+    return randomise(FlexTokFromHub(tiny_config(**overrides)), seed).eval()
+
+
+def make_images(n: int, height: int = 32, width: int = 32, seed: int = 1) -> torch.Tensor:
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def make_noise(*shape: int, seed: int = 2) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_draws(n: int, seed: int = 7, step: int = 3) -> BatchRandom:
+    return BatchRandom(seed, step, torch.arange(n), n)
+
+
+def pack(batch: torch.Tensor, container: str) -> Union[torch.Tensor, List[torch.Tensor]]:
+    """A batch as it is, or as a list of [1, ...]."""
+    return batch if container == "batch" else list(batch.split(1))
+
+
+def unpack(value: Union[torch.Tensor, List[torch.Tensor]]) -> torch.Tensor:
+    """The inverse of `pack`."""
+    return value if isinstance(value, torch.Tensor) else torch.cat(value)
+
+
+def gradients(module: nn.Module) -> Dict[str, torch.Tensor]:
+    """The gradients of a module by parameter name; parameters without one are left out."""
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}

@@ -1,0 +1,175 @@
+"""The command line as users call it, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from tiny_runs import read_metrics, settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*arguments, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env = {name: value for name, value in env.items() if value is not None}
+    command = [sys.executable, str(ROOT / "train_flextok.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+
+
+def config_file(folder, **changes) -> Path:
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings(checkpoint_dir=str(folder / "runs"), **changes)))
+    return file
+
+
+def test_help_names_every_option_without_importing_torch():
+    code = "import sys; sys.argv = ['train_flextok.py', '--help']; sys.modules['torch'] = None; exec(open('train_flextok.py').read())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    for option in ("--config", "--set", "--resume", "--device", "--max-steps", "--check", "--run-dir"):
+        assert option in result.stdout
+
+
+def test_a_run_from_another_folder_ends_with_where_everything_is(tmp_path):
+    result = call("--config", config_file(tmp_path), "--max-steps", 2, "--run-dir", tmp_path / "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for word in ("model", "trained", "frozen", "photos", "efficientnet_lite0", str(tmp_path / "run")):
+        assert word in result.stdout
+    closing = result.stdout.split("Done: 2 steps.")[1]
+    for name in ("pictures", "curves.png", "metrics.jsonl", "export"):
+        assert (tmp_path / "run" / name).exists() and str(tmp_path / "run" / name) in closing
+
+
+def test_check_prints_the_summary_and_writes_and_loads_nothing(tmp_path):
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "timm.py").write_text("raise ImportError('--check must not load an encoder')")
+    result = call("--config", config_file(tmp_path), "--check", PYTHONPATH=str(blocked))
+    assert result.returncode == 0, result.stderr
+    assert "run folder" in result.stdout and not (tmp_path / "runs").exists()
+
+
+def test_check_knows_the_published_model_without_network(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{i}.jpg")
+    result = call("--config", ROOT / "configs/train_celebahq.yaml", "--check", "--set", f"data_path={tmp_path}",
+                  "--set", "use_repa=true", HF_HUB_OFFLINE="1")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "encoder 287.33 M trained, decoder 578.59 M trained, vae 83.82 M frozen" in result.stdout
+    assert "dinov2_vitl14" in result.stdout and "37x37 x 1024" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "changes, arguments, message",
+    [
+        ({"use_rpea": True}, [], "unknown setting: 'use_rpea' (did you mean 'use_repa'?)"),
+        ({"repa_encoder_dim": 768}, [], "repa_encoder_dim is 768, but efficientnet_lite0 gives 1280: set 1280 or null"),
+        ({"repa_encoder_type": "dinov2_vitl"}, [], "repa_encoder_type is 'dinov2_vitl'"),
+        ({"repa_image_size": 100}, [], "takes multiples of 32"),
+        ({"repa_encoder_weights": "nowhere.pth"}, [], "nothing at nowhere.pth"),
+        ({"img_size": 36}, [], "img_size is 36, expected a multiple of 8"),
+        ({"dataset_name": "folder", "data_path": "/nowhere"}, [], "/nowhere"),
+        ({"model": None, "model_name": "./nowhere"}, [], "there is no file or folder ./nowhere"),
+        ({}, ["--device", "cuda"], "use --device cpu"),
+        ({}, ["--max-steps", "0"], "--max-steps is 0"),
+        ({}, ["--resume", "nowhere.pt"], "there is no checkpoint at nowhere.pt"),
+        ({}, ["--set", "batch_size=many"], "batch_size is 'many'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1_before_any_work(tmp_path, changes, arguments, message):
+    result = call("--config", config_file(tmp_path, **changes), "--check", *arguments, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unreachable_hub_model_is_a_clear_error(tmp_path):
+    config = config_file(tmp_path, model=None, model_name="EPFL-VILAB/flextok_d12_d12_in1k", use_repa=False)
+    result = call("--config", config, "--max-steps", 1, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "neither a folder, nor in the Hugging Face cache, nor can it be downloaded" in result.stderr
+
+
+def test_wandb_without_login_goes_offline_and_gets_the_metrics(tmp_path):
+    """No key, no terminal, no network: the run neither asks nor waits."""
+    config = config_file(tmp_path, use_wandb=True)
+    environment = {"WANDB_API_KEY": None, "WANDB_MODE": None, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    result = call("--config", config, "--max-steps", 2, "--run-dir", tmp_path / "run", **environment)
+    assert result.returncode == 0, result.stderr
+    (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert list(offline.glob("*.wandb")) and "offline" in result.stderr
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "train/loss" in r] == [1, 2]
+
+
+def test_a_run_without_the_wandb_package_still_trains(tmp_path):
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "wandb.py").write_text("raise ImportError('No module named wandb')")
+    config = config_file(tmp_path, use_wandb=True, use_repa=False)
+    result = call("--config", config, "--max-steps", 1, "--run-dir", tmp_path / "run", PYTHONPATH=str(blocked))
+    assert result.returncode == 0, result.stderr
+    assert "wandb is not installed" in result.stderr and read_metrics(tmp_path / "run")
+
+
+def test_wandb_gets_the_documented_names_and_one_run_id_across_a_resume(tmp_path):
+    """A stand-in package records the calls, whose signatures are W&B's own."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "wandb.py").write_text(textwrap.dedent("""
+        import json, os
+        def note(*what):
+            with open(os.environ["WANDB_NOTES"], "a") as file:
+                file.write(json.dumps(what, default=str) + "\\n")
+        class Settings:
+            def __init__(self, **settings): pass
+        class Image:
+            def __init__(self, path): assert os.path.isfile(path)
+        class Run:
+            dir, id = "/tmp/none", None
+            def define_metric(self, name, step_metric=None): note("define", name, step_metric)
+            def log(self, metrics): note("log", metrics)
+            def finish(self): note("finish")
+        def init(project, name, tags, config, id, dir, mode, resume, settings):
+            note("init", project, name, tags, id, mode, resume, config["use_repa"])
+            Run.id = id or "abc123"
+            return Run()
+    """))
+    notes = tmp_path / "notes.jsonl"
+    environment = dict(PYTHONPATH=str(package), WANDB_NOTES=str(notes), WANDB_MODE="offline")
+    config = config_file(tmp_path, use_wandb=True, wandb_project="p", wandb_tags=["t"], visualize_every=2)
+    for steps, resume in ((2, []), (3, ["--resume", "latest"])):
+        result = call("--config", config, "--max-steps", steps, "--run-dir", tmp_path / "run", *resume, **environment)
+        assert result.returncode == 0, result.stderr
+    calls = [json.loads(line) for line in notes.read_text().splitlines()]
+    assert [c for c in calls if c[0] == "init"] == [
+        ["init", "p", "tiny", ["t"], None, "offline", "allow", True],
+        ["init", "p", "tiny", ["t"], "abc123", "offline", "allow", True],
+    ]
+    logged = [c[1] for c in calls if c[0] == "log"]
+    assert [m["train/step"] for m in logged if "train/loss" in m] == [1, 2, 3]
+    assert any("visualizations/flexible_length" in m for m in logged)
+    names = {key for m in logged for key in m}
+    assert {"train/loss", "train/flow_loss", "train/repa_loss", "train/repa_weight", "train/lr", "train/grad_norm",
+            "train/images_per_second", "train/epoch", "val/loss", "val/flow_loss", "val/repa_loss"} <= names  # fmt: skip
+
+
+def test_broken_images_are_named_and_too_many_stop_the_run(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(12):
+        Image.new("RGB", (40, 40), (20 * i, 0, 0)).save(images / f"{i}.png")
+    (images / "3.png").write_bytes(b"not an image")
+    config = config_file(tmp_path, dataset_name="folder", data_path=str(tmp_path), val_fraction=0.1, use_repa=False,
+                         num_epochs=1)  # fmt: skip
+    result = call("--config", config, "--run-dir", tmp_path / "one")
+    assert result.returncode == 0 and result.stderr.count("3.png") == 1, result.stderr
+    for i in (5, 7, 8):
+        (images / f"{i}.png").write_bytes(b"")
+    result = call("--config", config, "--run-dir", tmp_path / "many")
+    assert result.returncode == 1 and "more than 1 %" in result.stderr and "Traceback" not in result.stderr

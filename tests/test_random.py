@@ -1,0 +1,193 @@
+"""Addressed random numbers: a pure function of seed, step, position and name."""
+
+import math
+
+import pytest
+import torch
+
+from flextok.utils.random import RANDOM_KEY, BatchRandom, address_key, generator, uniform_number
+from helpers import make_draws, make_images, tiny_model
+
+MASK = (1 << 64) - 1
+
+
+def splitmix64(state, count):
+    """The SplitMix64 sequence as its authors print it (Steele et al. 2014)."""
+    outputs = []
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) & MASK
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+        outputs.append(z ^ (z >> 31))
+    return outputs
+
+
+def image_key(seed, name, step, position):
+    """The state from which the draws of one image start."""
+    return splitmix64((address_key(seed, name, step) + position) & MASK, 1)[0]
+
+
+def uniform_reference(seed, name, step, position, count):
+    return [(bits >> 11) / 2**53 for bits in splitmix64(image_key(seed, name, step, position), count)]
+
+
+def normal_reference(seed, name, step, position, count):
+    numbers = []
+    for bits in splitmix64(image_key(seed, name, step, position), count):
+        radius = math.sqrt(-2 * math.log(((bits >> 32) + 0.5) / 2**32))
+        numbers.append(radius * math.cos(2 * math.pi * (bits & 0xFFFFFFFF) / 2**32))
+    return numbers
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]).double())[0, 1].item()
+
+
+def test_reference_sequence_is_the_published_splitmix64():
+    # First outputs for seed 1234567, as in the test vectors of the Rosetta Code page and of many libraries.
+    assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_uniform_draws_follow_splitmix64_in_double_precision():
+    draws = BatchRandom(11, 5, torch.tensor([0, 3, 2**40])).uniform("sigma", (4,))
+    expected = [uniform_reference(11, "sigma", 5, position, 4) for position in (0, 3, 2**40)]
+    assert draws.dtype == torch.float64
+    assert draws.tolist() == expected
+
+
+def test_normal_draws_follow_box_muller_of_splitmix64():
+    draws = BatchRandom(11, 5, torch.tensor([3])).normal("noise", (64, 32))
+    expected = torch.tensor(normal_reference(11, "noise", 5, 3, 2048), dtype=torch.float64)
+    assert draws.dtype == torch.float32
+    torch.testing.assert_close(draws.flatten().double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_stream_never_changes():
+    assert address_key(0, "keep_k") == 12648195170209397536
+    assert address_key(-1, "épreuve", 2, 3) == 12082609991133857549
+    draws = BatchRandom(42, 7, torch.tensor([0, 5]))
+    assert draws.uniform("sigma").tolist() == [0.5291824236640649, 0.16185275035959468]
+    assert draws.integers("keep_k", 1, 256, (3,)).tolist() == [[126, 66, 154], [29, 9, 9]]
+    normal = torch.tensor([[-0.78937685, -1.32192552], [-1.65226388, -0.09094802]])
+    torch.testing.assert_close(draws.normal("flow_noise", (2,)), normal, rtol=1e-6, atol=1e-7)
+    assert draws.batch_integer("registers", 0, 1000) == 980
+    assert torch.randint(0, 2**31, (2,), generator=generator(42, "shuffle", 3)).tolist() == [1077035397, 1521262184]
+
+
+def test_one_number_and_the_tensor_draw_agree_exactly():
+    draws = BatchRandom(9, 4, torch.arange(6)).uniform("crop")
+    assert draws.tolist() == [uniform_number(9, "crop", 4, position) for position in range(6)]
+
+
+def test_the_largest_bits_stay_below_one_and_within_the_range(monkeypatch):
+    monkeypatch.setattr(BatchRandom, "_bits", lambda self, name, shape: torch.full((1, *shape), -1))
+    draws = BatchRandom(0, 0, torch.arange(1))
+    assert draws.uniform("u").item() < 1
+    assert draws.integers("k", 1, 256).item() == 256
+    assert draws.integers("code", 0, 63_999).item() == 63_999
+
+
+def test_uniform_moments_and_bins():
+    draws = BatchRandom(1, 2, torch.arange(500)).uniform("u", (400,))
+    assert 0 <= draws.min() and draws.max() < 1
+    assert draws.mean().item() == pytest.approx(1 / 2, abs=0.004)
+    assert draws.var().item() == pytest.approx(1 / 12, abs=0.002)
+    counts = torch.histc(draws.float(), 100, 0, 1)
+    chi_square = ((counts - 2000) ** 2 / 2000).sum().item()
+    assert 45 < chi_square < 170  # 99 degrees of freedom, five standard deviations
+
+
+def test_normal_moments():
+    draws = BatchRandom(1, 2, torch.arange(500)).normal("n", (400,)).double()
+    moments = [draws.pow(power).mean().item() for power in (1, 2, 3, 4)]
+    assert moments == pytest.approx([0, 1, 0, 3], abs=0.06)
+    assert (draws.abs() > 1.959964).double().mean().item() == pytest.approx(0.05, abs=0.003)
+    assert draws.isfinite().all()
+
+
+def test_integers_are_uniform_with_both_ends_included():
+    draws = BatchRandom(1, 2, torch.arange(500)).integers("k", 3, 7, (100,))
+    assert draws.dtype == torch.long
+    counts = torch.bincount(draws.flatten(), minlength=9)
+    assert counts[:3].sum() == counts[8:].sum() == 0
+    assert counts[3:8].tolist() == pytest.approx([10_000] * 5, abs=450)
+
+
+def test_batch_integer_covers_its_range_evenly_over_the_steps():
+    drawn = [BatchRandom(1, step, torch.arange(1)).batch_integer("n", 1, 4) for step in range(4000)]
+    counts = torch.bincount(torch.tensor(drawn), minlength=5).tolist()
+    assert counts[0] == 0
+    assert counts[1:] == pytest.approx([1000] * 4, abs=140)
+
+
+def test_batch_integer_is_the_same_on_every_rank():
+    ranks = [BatchRandom(1, 9, torch.arange(start, start + 4), 8) for start in (0, 4)]
+    assert len({rank.batch_integer("n", 0, 10**6) for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal"])
+def test_other_addresses_give_independent_draws(kind):
+    shape, base = (20_000,), BatchRandom(1, 2, torch.tensor([3]))
+    draws = getattr(base, kind)("name", shape)
+    others = {
+        "name": getattr(base, kind)("name2", shape),
+        "seed": getattr(BatchRandom(2, 2, torch.tensor([3])), kind)("name", shape),
+        "step": getattr(BatchRandom(1, 3, torch.tensor([3])), kind)("name", shape),
+        "position": getattr(BatchRandom(1, 2, torch.tensor([4])), kind)("name", shape),
+    }
+    for what, other in others.items():
+        assert abs(correlation(draws, other)) < 0.035, what
+        assert not (draws == other).all(), what
+    assert abs(correlation(draws[0, :-1], draws[0, 1:])) < 0.035
+
+
+def test_first_elements_are_independent_along_positions_and_steps():
+    along_positions = BatchRandom(1, 2, torch.arange(20_000)).uniform("u")
+    along_steps = torch.tensor([uniform_number(1, "u", step, 3) for step in range(20_000)])
+    for series in (along_positions, along_steps):
+        assert abs(correlation(series[:-1], series[1:])) < 0.035
+        assert series.mean().item() == pytest.approx(0.5, abs=0.012)
+
+
+def test_address_numbers_do_not_collide_or_commute():
+    keys = {address_key(a, "n", b, c) for a in range(12) for b in range(12) for c in range(12)}
+    assert len(keys) == 12**3
+    assert address_key(1, "n") != address_key(1, "n", 0)
+
+
+def test_selected_images_keep_their_draws():
+    draws = BatchRandom(1, 2, torch.arange(10, 16), 64)
+    chosen = draws.select([4, 0, 4])
+    assert chosen.global_batch_size == 64
+    for name, method in (("u", draws.uniform), ("n", draws.normal)):
+        assert torch.equal(getattr(chosen, method.__name__)(name, (5,)), method(name, (5,))[[4, 0, 4]])
+
+
+def test_a_draw_does_not_depend_on_the_images_around_it_or_on_earlier_draws():
+    draws = BatchRandom(1, 2, torch.arange(100))
+    draws.uniform("other", (7,))
+    alone = BatchRandom(1, 2, torch.tensor([37])).normal("n", (3, 5))
+    assert torch.equal(draws.normal("n", (3, 5))[37:38], alone)
+    assert torch.equal(draws.uniform("n", (6,))[:, :4], draws.uniform("n", (4,)))
+
+
+def test_given_draws_leave_torchs_global_state_alone():
+    model = tiny_model(null_condition_prob=0.5).train()
+    before = torch.get_rng_state()
+    model({"rgb": make_images(2), RANDOM_KEY: make_draws(2)})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_given_draws_the_global_seed_decides():
+    outcomes = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outcomes.append(BatchRandom.of({}, torch.zeros(3)).normal("n", (4,)))
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert not torch.equal(outcomes[0], outcomes[2])
+
+
+def test_draws_for_another_batch_size_are_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="for 3 images.*has 2"):
+        BatchRandom.of({RANDOM_KEY: make_draws(3)}, torch.zeros(2, 5))
