@@ -114,10 +114,10 @@ class FlexTokTrainer:
     def _select_trained_parameters(self) -> None:
         config, model = self.config, self.model
         for name, module in (("encoder", model.encoder), ("decoder", model.decoder)):
-            for parameter_name, parameter in module.named_parameters():
-                fixed_table = parameter_name.endswith("posembs") and not parameter.requires_grad  # sincos
-                parameter.requires_grad_(getattr(config, f"train_{name}") and not fixed_table)
+            module.requires_grad_(getattr(config, f"train_{name}"))
             for submodule in module.modules():
+                if getattr(submodule, "posemb_type", None) == "sincos":
+                    submodule.requires_grad_(False)  # a table, not a weight
                 if hasattr(submodule, "use_act_checkpoint"):
                     submodule.use_act_checkpoint = config.gradient_checkpointing
         model.vae.frozen = not config.train_vae
@@ -131,17 +131,20 @@ class FlexTokTrainer:
 
         check_repa_model(self.model)
         config = self.config
-        repa_module = REPAModule(
-            decoder_dim=self.model.decoder.module_dict["dec_transformer"].dim,
-            encoder_type=config.repa_encoder_type,
-            encoder_dim=config.repa_encoder_dim,
-            target_size=tuple(config.repa_target_size),
-            image_size=config.repa_image_size,
-            encoder_repo=config.repa_encoder_repo,
-            encoder_weights=config.repa_encoder_weights,
-            encoder_revision=config.repa_encoder_revision,
-            seed=config.seed,
-        )
+        try:
+            repa_module = REPAModule(
+                decoder_dim=self.model.decoder.module_dict["dec_transformer"].dim,
+                encoder_type=config.repa_encoder_type,
+                encoder_dim=config.repa_encoder_dim,
+                target_size=tuple(config.repa_target_size),
+                image_size=config.repa_image_size,
+                encoder_repo=config.repa_encoder_repo,
+                encoder_weights=config.repa_encoder_weights,
+                encoder_revision=config.repa_encoder_revision,
+                seed=config.seed,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         return repa_module.to(self.device)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
@@ -594,8 +597,8 @@ def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch cannot tell
+        return torch.bfloat16 if any(map(capabilities.get, ("avx512_bf16", "amx_bf16", "bf16"))) else None
     return None
 
 
@@ -661,9 +664,10 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.max_steps is not None and arguments.max_steps < 1:
         raise ConfigError(f"--max-steps is {arguments.max_steps}, expected at least 1")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device is {device}, but PyTorch sees no CUDA device here: use --device cpu")
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32 on CUDA
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"--device is {device}, but PyTorch sees no CUDA device here: use --device cpu")
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
 
     run_dir = Path(arguments.run_dir) if arguments.run_dir is not None else None
     resume = arguments.resume or config.resume

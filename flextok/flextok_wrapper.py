@@ -160,6 +160,8 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
         parts["pipeline"] = {**parts["pipeline"], "_partial_": True}
         super().__init__(**{part: instantiate(value, f"config.{part}") for part, value in parts.items()})
         self.config = copy.deepcopy(parts)
+        if "scaling_factor" in self.config["vae"]:  # null there means the VAE's own: a saved model says which
+            self.config["vae"]["scaling_factor"] = self.vae.scaling_factor
 
     @classmethod
     def _from_pretrained(

@@ -15,7 +15,7 @@ LATENT_SHAPE = (48, 8, 8)
 
 
 def tiny_config(**overrides) -> dict:
-    """A pixel model: 32 x 32 images, latents 48 x 8 x 8, 4 x 4 patches, 8 registers, two blocks of width 64 each way."""
+    """A pixel model: 32 x 32 images, latents 48 x 8 x 8, 16 patches, 8 registers, two blocks of width 64 each way."""
     arguments = dict(
         encoder_depth=2, decoder_depth=2, encoder_width=64, decoder_width=64, head_dim=32, n_registers=N_REGISTERS,
         img_size=32, vae="pixel", vae_factor=4,
@@ -64,3 +64,18 @@ def unpack(value: Union[torch.Tensor, List[torch.Tensor]]) -> torch.Tensor:
 def gradients(module: nn.Module) -> Dict[str, torch.Tensor]:
     """The gradients of a module by parameter name; parameters without one are left out."""
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def save_tiny_vae(folder, seed: int = 0, **options):
+    """Write a random diffusers AutoencoderKL of 8 channels, 4 latent channels and scaling factor 0.5; returns it."""
+    from diffusers import AutoencoderKL  # imported here: slow, and most tests do not need it
+
+    arguments = dict(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(**{**arguments, **options}).eval()
+    vae.save_pretrained(folder)
+    return vae

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from tiny_runs import read_metrics, settings
+from tiny_runs import read_metrics, run_main, settings
+
+from flextok.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,24 +69,38 @@ def test_check_knows_the_published_model_without_network(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, arguments, message",
+    "changes, message",
     [
-        ({"use_rpea": True}, [], "unknown setting: 'use_rpea' (did you mean 'use_repa'?)"),
-        ({"repa_encoder_dim": 768}, [], "repa_encoder_dim is 768, but efficientnet_lite0 gives 1280: set 1280 or null"),
-        ({"repa_encoder_type": "dinov2_vitl"}, [], "repa_encoder_type is 'dinov2_vitl'"),
-        ({"repa_image_size": 100}, [], "takes multiples of 32"),
-        ({"repa_encoder_weights": "nowhere.pth"}, [], "nothing at nowhere.pth"),
-        ({"img_size": 36}, [], "img_size is 36, expected a multiple of 8"),
-        ({"dataset_name": "folder", "data_path": "/nowhere"}, [], "/nowhere"),
-        ({"model": None, "model_name": "./nowhere"}, [], "there is no file or folder ./nowhere"),
-        ({}, ["--device", "cuda"], "use --device cpu"),
-        ({}, ["--max-steps", "0"], "--max-steps is 0"),
-        ({}, ["--resume", "nowhere.pt"], "there is no checkpoint at nowhere.pt"),
-        ({}, ["--set", "batch_size=many"], "batch_size is 'many'"),
+        ({"use_rpea": True}, "unknown setting: 'use_rpea' (did you mean 'use_repa'?)"),
+        ({"repa_encoder_dim": 768}, "repa_encoder_dim is 768, but efficientnet_lite0 gives 1280: set 1280 or null"),
+        ({"repa_encoder_type": "dinov2_vitl"}, "repa_encoder_type is 'dinov2_vitl'"),
+        ({"repa_image_size": 100}, "takes multiples of 32"),
+        ({"repa_encoder_weights": "nowhere.pth"}, "nothing at nowhere.pth"),
+        ({"model": {"preset": "d12-d12", "vae_hub_path": None}}, "frozen VAE of random weights is of no use"),
+        ({"model": {"preset": "d12-d13"}}, "there is no preset 'd12-d13' (did you mean 'd12-d12'?)"),
+        ({"model": {"encoder_depth": "four"}}, "model: "),
+        ({"img_size": 36}, "img_size is 36, expected a multiple of 8"),
+        ({"dataset_name": "folder", "data_path": "/nowhere"}, "/nowhere"),
+        ({"model": None, "model_name": "./nowhere"}, "there is no file or folder ./nowhere"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_1_before_any_work(tmp_path, changes, arguments, message):
-    result = call("--config", config_file(tmp_path, **changes), "--check", *arguments, CUDA_VISIBLE_DEVICES="")
+def test_bad_settings_are_refused_before_any_work(tmp_path, changes, message):
+    with pytest.raises((UserError, OSError), match=re.escape(message)):
+        run_main(tmp_path, check=True, **changes)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--device", "cuda"], "use --device cpu"),
+        (["--max-steps", "0"], "--max-steps is 0"),
+        (["--resume", "nowhere.pt"], "there is no checkpoint at nowhere.pt"),
+        (["--set", "batch_size=many"], "batch_size is 'many'"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_1(tmp_path, arguments, message):
+    result = call("--config", config_file(tmp_path), "--check", *arguments, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()

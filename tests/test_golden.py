@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from flextok.model.layers.attention import Attention
 from flextok.model.trunks.transformers import FlexTransformer
 from flextok.utils.checkpoint import load_weights
 from flextok.utils.config import instantiate
-from helpers import gradients, pack, unpack
+from flextok.utils.random import RANDOM_KEY
+from helpers import LATENT_SHAPE, N_REGISTERS, gradients, make_draws, make_noise, pack, tiny_model, unpack
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
 TOLERANCE = 2e-5
@@ -179,6 +181,20 @@ def assert_compiled_parts_agree(model, recorded, decoder_input, backend):
 
 def test_compiled_encoder_and_decoder_are_full_graphs_with_the_recorded_numbers(model, recorded, decoder_input):
     assert_compiled_parts_agree(model, recorded, decoder_input, "aot_eager")
+
+
+def test_a_compiled_decoder_trains_with_one_graph_for_all_steps():
+    model, graphs = tiny_model(null_condition_prob=0.5).train(), CompileCounter()
+    decoder = torch.compile(model.decoder, backend=graphs, fullgraph=True)
+    for step in range(4):
+        data_dict = {
+            "enc_registers_quant": make_noise(3, N_REGISTERS, 6), "vae_latents_noised": make_noise(3, *LATENT_SHAPE),
+            "timesteps": torch.tensor([0.1, 0.5, 0.9]), RANDOM_KEY: make_draws(3, step=step),
+        }  # fmt: skip
+        compiled, plain = decoder(dict(data_dict)), model.decoder(dict(data_dict))
+        assert torch.equal(compiled["train_keep_k"], plain["train_keep_k"])
+        assert_close(compiled["vae_latents_reconst"], plain["vae_latents_reconst"].detach())
+    assert graphs.frame_count <= 2  # dynamo makes the step a variable when it changes for the first time
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ def test_every_setting_says_what_it_means():
         ({"use_repa": True, "repa_lr": 1e-7}, "learning rate of repa_projector is 1e-07"),
         ({"train_encoder": False, "train_decoder": False}, "nothing to train"),
         ({"dataset_name": "folder"}, "data_path is missing"),
+        ({"dataset_name": "celebhq", "data_path": "."}, "did you mean 'celebahq'"),
         ({"model": {"encoder_dpeth": 4}}, "model: unknown argument 'encoder_dpeth' .did you mean 'encoder_depth'"),
         ({"disable_gradient_checkpointing": True, "gradient_checkpointing": True}, "contradict each other"),
         ({"fsq_levels": [8, 1]}, "expected at least 2"),
@@ -77,6 +78,11 @@ def test_whole_numbers_are_taken_where_numbers_are_meant():
 @pytest.mark.parametrize("disabled", [True, False])
 def test_the_older_name_of_gradient_checkpointing_has_the_opposite_sense(disabled):
     assert config(disable_gradient_checkpointing=disabled).gradient_checkpointing is not disabled
+
+
+@pytest.mark.parametrize("name, known", [("CelebA-HQ", "celebahq"), ("celeba_hq", "celebahq"), ("imagenet", "imagenet")])
+def test_celebahq_may_be_spelled_in_any_way_and_other_names_are_folders(name, known):
+    assert config(dataset_name=name, data_path=".").dataset_name == known
 
 
 def test_learning_rates_follow_what_is_trained():

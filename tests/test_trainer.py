@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import subprocess
 import sys
 
 import pytest
@@ -510,6 +511,18 @@ def test_export_computes_what_the_trained_model_computes(tmp_path):
     arguments = dict(timesteps=3, guidance_scale=2.0, perform_norm_guidance=True)
     pictures = [m.detokenize(tokens, generator=torch.Generator().manual_seed(0), **arguments) for m in (exported, trainer.model)]
     assert torch.equal(*pictures) and pictures[0].shape == (4, 3, 32, 32)
+
+
+def test_any_checkpoint_can_be_exported_by_command(tmp_path):
+    trainer = make_trainer(tmp_path / "run", use_ema=True, ema_decay=0.5, use_repa=False)
+    trainer.train(max_steps=2)
+    command = [sys.executable, "-m", "flextok.training.export", tmp_path / "run" / "checkpoints" / "latest.pt"]
+    subprocess.run([*command, tmp_path / "averaged"], check=True, timeout=120)
+    subprocess.run([*command, tmp_path / "raw", "--raw"], check=True, timeout=120)
+    averaged, raw = (FlexTokFromHub.from_pretrained(tmp_path / name).state_dict() for name in ("averaged", "raw"))
+    assert same(dict(raw), dict(trainer.model.state_dict()))
+    assert same(dict(averaged), FlexTokFromHub.from_pretrained(tmp_path / "run" / "export").state_dict() | {})
+    assert not same(dict(raw), dict(averaged))
 
 
 # ---------------------------------------------------------------------------------------------------------------- models

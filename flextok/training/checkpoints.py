@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, and read without executing anything."""
 
+import glob
 import json
 import os
 import pickle
@@ -80,7 +81,7 @@ def find_checkpoint(resume: str, run_dir: Optional[Path], checkpoint_dir: Path, 
         FileNotFoundError: A path that does not exist, or a folder without a checkpoint.
     """
     if resume == "latest":
-        folders = [run_dir] if run_dir is not None else [p for p in checkpoint_dir.glob(f"{run_name}-*") if p.is_dir()]
+        folders = [run_dir] if run_dir is not None else list(checkpoint_dir.glob(f"{glob.escape(run_name)}-[0-9]*-[0-9]*"))
         files = [folder / "checkpoints" / LATEST for folder in folders]
         return max((file for file in files if file.is_file()), key=lambda file: file.stat().st_mtime, default=None)
     path = Path(resume)

@@ -13,6 +13,9 @@ import yaml
 from ..utils.config import ConfigError, nearest
 
 
+SPECIAL_DATASETS = ("celebahq", "photos")  # any other name is a folder of images
+
+
 def setting(default: Any, help: str, choices=None, minimum=None, maximum=None, above=None):
     """A field with its meaning and limits; `above` is an exclusive lower limit."""
     metadata = dict(help=help, choices=choices, minimum=minimum, maximum=maximum, above=above)
@@ -153,6 +156,11 @@ class TrainConfig:
             raise ConfigError(f"repa_target_size is {self.repa_target_size}, expected [height, width]")
         if not (self.train_encoder or self.train_decoder or self.train_vae):
             raise ConfigError("train_encoder, train_decoder and train_vae are all false: there is nothing to train")
+        known = re.sub("[^a-z0-9]", "", self.dataset_name.lower())
+        if known in SPECIAL_DATASETS:  # CelebA-HQ, celeba_hq ...
+            self.dataset_name = known
+        elif nearest(known, SPECIAL_DATASETS):
+            raise ConfigError(f"dataset_name is {self.dataset_name!r}{nearest(known, SPECIAL_DATASETS)}; use `folder` for others")
         if self.dataset_name != "photos" and self.data_path is None:
             raise ConfigError(
                 f"data_path is missing: give the folder of images (dataset_name is {self.dataset_name!r}; only `photos` "
@@ -326,3 +334,22 @@ def load_config(path: Union[str, Path], overrides: typing.Sequence[str] = ()) ->
             target = target[parent]
         target[key] = parse_yaml(text)
     return TrainConfig.from_dict(values)
+
+
+def settings_table(names: typing.Sequence[str]) -> str:
+    """Markdown table of settings: name, default, meaning."""
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    defaults = TrainConfig(dataset_name="photos")
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in names:
+            default = "folder" if field.name == "dataset_name" else getattr(defaults, field.name)
+            text = yaml.safe_dump(default, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+            rows.append(f"| `{field.name}` | `{text}` | {field.metadata['help']} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":  # the tables of README.md and README_REPA.md
+    every = [field.name for field in dataclasses.fields(TrainConfig)]
+    print(settings_table([name for name in every if "repa" not in name]))
+    print()
+    print(settings_table([name for name in every if "repa" in name]))

@@ -20,9 +20,13 @@ log = logging.getLogger(__name__)
 
 
 def new_model_config(config: TrainConfig) -> dict:
-    """The FlexTok config of `model`, the settings of a new model by size."""
+    """The FlexTok config of `model`, the settings of a new model by size; its VAE is a published one by default."""
     arguments = {"img_size": config.img_size, **config.model}
     preset = arguments.pop("preset", None)
+    if arguments.get("vae", "stable_diffusion") == "stable_diffusion":
+        arguments.setdefault("vae_hub_path", f"EPFL-VILAB/flextok_vae_c{arguments.get('latent_channels', 16)}")
+        if arguments["vae_hub_path"] is None and not config.train_vae:
+            raise ConfigError("model.vae_hub_path is null and train_vae false: a frozen VAE of random weights is of no use")
     try:
         return build_config(**arguments) if preset is None else preset_config(preset, **arguments)
     except TypeError as error:

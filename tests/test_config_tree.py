@@ -1,0 +1,293 @@
+"""Config trees come from strangers: only the parts of FlexTok are built, and nothing else is imported or called."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+
+from flextok import FlexTok, FlexTokFromHub
+from flextok.model.utils.dict_ops import PerSampleOp, channels_first_to_last, channels_last_to_first
+from flextok.utils.config import ALLOWED_TARGETS, MAX_DEPTH, ConfigError, instantiate
+from helpers import make_images, tiny_config
+
+PERMUTE = "flextok.model.utils.dict_ops.PerSampleOp"
+LINEAR = "flextok.model.preprocessors.linear.LinearLayer"
+HEAD = "flextok.model.postprocessors.heads.LinearHead"
+FORBIDDEN = [
+    "trap_module.spring",
+    "trap_module.Trap",
+    "os.system",
+    "builtins.eval",
+    "torch.load",
+    "torch.nn.Linear",
+    "flextok.utils.checkpoint.load_safetensors",
+    "flextok.utils.config.importlib.import_module",
+    "flextok.model.utils.wrappers.SequentialModuleDictWrapper.__init__",
+    "",
+    "spring",
+    ".",
+]
+
+
+@pytest.fixture(autouse=True)
+def trap(tmp_path, monkeypatch):
+    """A module `trap_module` that leaves a file behind when it is imported or its functions are called."""
+    marker = tmp_path / "sprung"
+    touch = f"open({str(marker)!r}, 'w').close()"
+    source = f"{touch}\ndef spring(*args, **kwargs):\n    {touch}\nTrap = spring\n"
+    (tmp_path / "trap_module.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    assert "trap_module" not in sys.modules
+    assert not marker.exists()
+
+
+def linear(**more):
+    return {"_target_": LINEAR, "read_key": "x", "write_key": "y", "dim_in": 2, "dim": 3, **more}
+
+
+@pytest.mark.parametrize("partial", [{}, {"_partial_": True}])
+@pytest.mark.parametrize("target", FORBIDDEN)
+def test_other_targets_are_refused_by_name(target, partial):
+    with pytest.raises(ConfigError) as error:
+        instantiate({"_target_": target, **partial})
+    assert repr(target) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda trap: {"a": {"b": trap}},
+        lambda trap: [1, [trap]],
+        lambda trap: (trap,),
+        lambda trap: linear(dim=trap),
+        lambda trap: {"_target_": PERMUTE, "read_key": "x", "write_key": "y", "per_sample_op": trap},
+        lambda trap: {"_target_": PERMUTE, "_partial_": True, "read_key": ["x", {"deep": trap}]},
+    ],
+    ids=["dict", "list", "tuple", "argument", "function", "partial"],
+)
+def test_other_targets_are_refused_anywhere_in_the_tree(wrap):
+    with pytest.raises(ConfigError, match="'trap_module.spring' is not allowed"):
+        instantiate(wrap({"_target_": "trap_module.spring", "_partial_": True}))
+
+
+@pytest.mark.parametrize("part", ["vae", "encoder", "pipeline"])
+def test_other_targets_are_refused_in_a_whole_model(part):
+    config = tiny_config()
+    config[part] = {"_target_": "trap_module.spring", "x": 1}
+    with pytest.raises(ConfigError, match=rf"config\.{part}.*'trap_module.spring' is not allowed"):
+        FlexTokFromHub(config)
+    with pytest.raises(ConfigError, match="'trap_module.spring' is not allowed"):
+        instantiate({"_target_": "flextok.flextok_wrapper.FlexTok", **config})
+
+
+@pytest.mark.parametrize("target", [None, 3, True, 1.5, ["os.system"], {"_target_": "os.system"}, b"os.system"])
+def test_targets_that_are_no_names_are_refused(target):
+    with pytest.raises(ConfigError, match="expected a dotted name"):
+        instantiate({"_target_": target})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"path": "os.system"},
+        {"path": "trap_module.spring"},
+        {"path": PERMUTE},
+        {"path": None},
+        {"path": ["flextok.model.utils.dict_ops.channels_first_to_last"]},
+        {},
+        {"path": "flextok.model.utils.dict_ops.channels_first_to_last", "_partial_": True},
+        {"path": "flextok.model.utils.dict_ops.channels_first_to_last", "x": 1},
+    ],
+)
+def test_get_method_of_anything_else_is_refused(arguments):
+    with pytest.raises(ConfigError, match="hydra.utils.get_method"):
+        instantiate({"_target_": "hydra.utils.get_method", **arguments})
+
+
+def test_get_method_gives_the_two_channel_functions():
+    for function in (channels_first_to_last, channels_last_to_first):
+        path = f"flextok.model.utils.dict_ops.{function.__name__}"
+        assert instantiate({"_target_": "hydra.utils.get_method", "path": path}) is function
+
+
+def test_a_partial_function_can_be_called_later():
+    operation = {"_target_": "flextok.model.utils.dict_ops.channels_first_to_last", "_partial_": True}
+    module = instantiate({"_target_": PERMUTE, "read_key": "x", "write_key": "y", "per_sample_op": operation})
+    assert isinstance(module, PerSampleOp)
+    assert module({"x": torch.zeros(2, 3, 4, 5)})["y"].shape == (2, 4, 5, 3)
+
+
+def test_a_partial_class_is_a_factory_with_its_arguments():
+    factory = instantiate(linear(_partial_=True))
+    assert factory().proj.weight.shape == (3, 2)
+    assert factory(dim=5).proj.weight.shape == (5, 2)
+
+
+def test_partial_must_be_true_or_false():
+    with pytest.raises(ConfigError, match="_partial_ is 'yes'"):
+        instantiate(linear(_partial_="yes"))
+
+
+def test_every_allowed_name_exists():
+    for target in ALLOWED_TARGETS:
+        assert instantiate({"_target_": target, "_partial_": True}).__name__ == target.rsplit(".", 1)[1]
+
+
+def test_unknown_arguments_are_refused_with_place_and_suggestion():
+    with pytest.raises(ConfigError, match=r"config\.layers\[1\].*LinearLayer.*'dim_inn'.*did you mean 'dim_in'"):
+        instantiate({"layers": [1, linear(dim_inn=2)]})
+
+
+def test_unknown_arguments_of_a_factory_are_refused_too():
+    with pytest.raises(ConfigError, match="'dims'.*did you mean 'dim"):
+        instantiate(linear(_partial_=True, dims=2))
+
+
+def test_a_misspelt_target_gets_a_suggestion():
+    with pytest.raises(ConfigError, match="LinearLayers.*did you mean .*LinearLayer'"):
+        instantiate(linear(_target_=LINEAR + "s"))
+
+
+def test_missing_arguments_are_named():
+    config = linear()
+    del config["dim_in"]
+    with pytest.raises(ConfigError, match="LinearLayer.*'dim_in'"):
+        instantiate(config)
+
+
+def test_what_a_constructor_refuses_is_a_config_error_with_its_place():
+    with pytest.raises(ConfigError, match=r"config\.a.*weight_init_style is 'ones'"):
+        instantiate({"a": linear(weight_init_style="ones")})
+    with pytest.raises(ConfigError, match=r"config\.a"):
+        instantiate({"a": linear(dim="three")})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_target_": HEAD, "read_key": "x", "write_key": "y", "dim": 4, "dim_out": 2},
+        {
+            "_target_": "flextok.model.postprocessors.heads.ToPatchesLinearHead", "read_key": "x", "write_key": "y",
+            "dim": 4, "channels_out": 2, "patch_sizes": [2, 2],
+        },
+    ],
+    ids=["LinearHead", "ToPatchesLinearHead"],
+)  # fmt: skip
+def test_mup_readout_is_refused_clearly(config):
+    instantiate({**config, "use_mup_readout": False})
+    with pytest.raises(ConfigError, match="use_mup_readout: true is not supported"):
+        instantiate({**config, "use_mup_readout": True})
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "flextok.model.utils.dict_ops.PerSampleReducer",
+        "flextok.model.preprocessors.mask_tokens.MaskTokenModule",
+        "flextok.model.postprocessors.heads.MLPHead",
+        "flextok.model.trunks.transformers.FlexTransformerDecoder",
+    ],
+)
+def test_parts_of_the_published_package_that_are_left_out_are_refused_by_name(target):
+    with pytest.raises(ConfigError, match=rf"{target}'? is not supported"):
+        instantiate({"_target_": target})
+
+
+@pytest.mark.parametrize(
+    "config, option",
+    [
+        (
+            {
+                "_target_": "flextok.model.trunks.transformers.FlexTransformer", "input_seq_read_key": "x",
+                "output_seq_write_key": "x", "dim": 64, "depth": 1, "rope_forward_read_key": "rope",
+            },
+            "rope_forward_read_key",
+        ),
+        (
+            {
+                "_target_": "flextok.model.trunks.transformers.FlexTransformer", "input_seq_read_key": "x",
+                "output_seq_write_key": "x", "dim": 64, "depth": 1, "score_mod_read_key": "score",
+            },
+            "score_mod_read_key",
+        ),
+        (
+            {
+                "_target_": "flextok.model.preprocessors.time_embedding.TimestepEmbedder", "timesteps_read_key": "t",
+                "time_embedding_write_key": "e", "dim": 8, "temb_as_tokens": True,
+            },
+            "temb_as_tokens",
+        ),
+        (
+            {
+                "_target_": "flextok.model.preprocessors.nullcond.LearnedNullCond", "read_write_key": "x", "dim": 8,
+                "replace_with_single_token": True,
+            },
+            "replace_with_single_token",
+        ),
+        (
+            {
+                "_target_": "flextok.model.preprocessors.registers.Registers1D", "input_tensor_list_read_key": "x",
+                "register_sizes_read_write_key": "s", "registers_write_key": "r", "dim": 8, "ordering_mode": "avg_pool",
+            },
+            "avg_pool",
+        ),
+        (
+            {
+                "_target_": "flextok.model.preprocessors.registers.Registers1D", "input_tensor_list_read_key": "x",
+                "register_sizes_read_write_key": "s", "registers_write_key": "r", "dim": 8,
+                "extra_registers_write_key": "e",
+            },
+            "extra_registers",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_options_that_are_left_out_are_refused_by_name(config, option):
+    with pytest.raises(ConfigError, match=f"{option}.*not supported"):
+        instantiate(config)
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: [inner], lambda inner: {"a": inner}], ids=["list", "dict"])
+def test_deep_nesting_is_refused_before_python_gives_up(wrap):
+    config = 1
+    for _ in range(5000):
+        config = wrap(config)
+    with pytest.raises(ConfigError, match=f"deeper than {MAX_DEPTH}"):
+        instantiate(config)
+
+
+@pytest.mark.parametrize("wrap_key", [None, "config"])
+def test_a_model_is_built_from_parts_at_the_top_or_under_config(wrap_key):
+    config = tiny_config()
+    model = FlexTokFromHub(config if wrap_key is None else {wrap_key: config})
+    assert model.tokenize(make_images(1))[0].shape == (1, 8)
+
+
+def test_missing_parts_of_a_model_are_all_named():
+    config = tiny_config()
+    del config["encoder"], config["pipeline"]
+    with pytest.raises(ConfigError, match="encoder, pipeline missing"):
+        FlexTokFromHub(config)
+    with pytest.raises(ConfigError, match="vae.*missing"):
+        FlexTokFromHub("flextok")
+
+
+def test_a_tree_with_flextok_at_its_top_is_built_as_a_whole():
+    model = instantiate({"_target_": "flextok.flextok_wrapper.FlexTok", **tiny_config()})
+    assert type(model) is FlexTok
+    hub_model = instantiate({"_target_": "flextok.flextok_wrapper.FlexTokFromHub", "config": tiny_config()})
+    assert type(hub_model) is FlexTokFromHub
+    assert model.state_dict().keys() == hub_model.state_dict().keys()
+
+
+def test_building_leaves_the_config_as_it_was():
+    config = tiny_config()
+    before = copy.deepcopy(config)
+    model = FlexTokFromHub(config)
+    assert config == before
+    config["encoder"]["module_dict"].clear()
+    assert model.config == before
+    assert json.loads(json.dumps(model.config)) == before

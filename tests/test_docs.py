@@ -1,0 +1,78 @@
+"""What the documentation says is true: tables, configs, and the Python it prints."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from test_train_config import DOCUMENTED_KEYS
+
+from flextok.model.utils.repa_encoders import known_encoders
+from flextok.training.config import TrainConfig, load_config, settings_table
+from train_flextok import FlexTokTrainer
+
+ROOT = Path(__file__).parent.parent
+README, README_REPA = (ROOT / "README.md").read_text(), (ROOT / "README_REPA.md").read_text()
+NAMES = [field.name for field in dataclasses.fields(TrainConfig)]
+
+
+@pytest.mark.parametrize("text, names", [(README, [n for n in NAMES if "repa" not in n]), (README_REPA, [n for n in NAMES if "repa" in n])],
+                         ids=["README", "README_REPA"])  # fmt: skip
+def test_tables_list_every_setting_with_default_and_meaning(text, names):
+    assert settings_table(names) in text, "python -m flextok.training.config prints the tables"
+
+
+def test_every_command_line_option_is_in_the_readme():
+    source = (ROOT / "train_flextok.py").read_text()
+    for option in re.findall(r'add_argument\("(--[a-z-]+)"', source):
+        assert f"| `{option}" in README
+
+
+def test_the_encoder_table_has_the_right_numbers():
+    for name, facts in known_encoders().items():
+        if not name.endswith("_reg"):
+            row = next(line for line in README_REPA.splitlines() if line.startswith(f"| `{name}`"))
+            cells = [cell.strip() for cell in row.strip("|").split("|")]
+            assert int(cells[1]) == facts.dim
+            assert float(cells[2].split()[0]) == pytest.approx(facts.parameters / 1e6, abs=0.06)
+            assert float(cells[3].split()[0]) == pytest.approx(facts.parameters * 4 / 1e9, abs=0.006)
+            assert float(cells[4].split()[0]) == pytest.approx(facts.parameters * 2 / 1e9, abs=0.006)
+            grid = facts.image_size // facts.patch_size
+            assert cells[5:] == [f"{facts.image_size} px", f"{grid}x{grid}"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_config_is_valid(file):
+    load_config(file)
+
+
+def test_celebahq_config_holds_every_documented_key_and_repa_off():
+    values = yaml.safe_load((ROOT / "configs/train_celebahq.yaml").read_text())
+    assert set(values) >= set(DOCUMENTED_KEYS)
+    assert values["use_repa"] is False and values["model_name"] == "EPFL-VILAB/flextok_d18_d18_in1k"
+
+
+def test_linked_files_exist():
+    for text in (README, README_REPA):
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+            assert (ROOT / target).exists(), target
+        for target in re.findall(r"configs/\w+\.yaml", text):
+            assert (ROOT / target).exists(), target
+
+
+def test_the_debugging_snippets_run_as_printed(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", README_REPA.split("## Debugging")[1], flags=re.DOTALL)
+    shapes = blocks.pop()
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README_REPA.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "REPA module loaded: True" in printed and "REPA loss: " in printed and "Decoder width: 256" in printed
+    for name in re.findall(r"{(\w+)\.shape}", shapes):  # the names that the printed lines use in compute_repa_loss
+        assert name in FlexTokTrainer.compute_repa_loss.__code__.co_varnames
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README + README_REPA

@@ -1,0 +1,298 @@
+"""Sampling against an independent implementation, and what tokens, sizes and generators mean for it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flextok.flow_matching.pipelines import MinRFPipeline
+from helpers import LATENT_SHAPE, N_REGISTERS, make_images, make_noise, tiny_model
+
+SHAPE = (3, 4, 4)
+STRENGTHS = [0.02, 0.2, 3.0]  # of the condition, per image
+
+
+class ToyDecoder(nn.Module):
+    """A decoder of one formula: v = tanh(x + t) + (condition, unless dropped) * (1 + t) * pattern."""
+
+    eval_drop_flag_read_key = "drop"
+
+    def __init__(self):
+        super().__init__()
+        self.passes = []
+
+    def forward(self, data_dict):
+        x, t = data_dict["x_t"], data_dict["t"].view(-1, 1, 1, 1)
+        dropped = data_dict.get("drop", torch.zeros(len(x), dtype=torch.bool))
+        self.passes.append((t[0].item(), bool(dropped.any()), self.training))
+        condition = torch.where(dropped, 0.0, data_dict["condition"][:, 0]).view(-1, 1, 1, 1)
+        pattern = torch.linspace(-1, 1, math.prod(SHAPE)).view(SHAPE).roll(5, dims=-1)
+        data_dict["v"] = torch.tanh(x + t) + condition * (1 + t) * torch.sin(pattern * 7 + 20 * t)
+        return data_dict
+
+
+def make_pipeline(decoder=None):
+    return MinRFPipeline(
+        decoder or ToyDecoder(), noise_read_key="noise", latents_read_key="condition", timesteps_read_key="t",
+        noised_images_read_key="x_t", reconst_write_key="v", out_channels=3,
+    )  # fmt: skip
+
+
+def sample(noise, pipeline=None, **arguments):
+    data_dict = {"condition": torch.tensor(STRENGTHS)[:, None], "noise": noise}
+    return (pipeline or make_pipeline())(data_dict, **arguments)["v"]
+
+
+def sample_reference(noise, steps, guidance=lambda t: 1.0, apg=False):
+    """Latents, and the norms of the guidance before they are bounded, image by image in float64."""
+    results, norms = [], []
+    for x, strength in zip(noise.double().numpy(), STRENGTHS):
+        running, image_norms = np.zeros(SHAPE), []
+        for i in range(steps, 0, -1):
+            t, g = i / steps, guidance(i / steps)
+            pattern = np.roll(np.linspace(-1, 1, math.prod(SHAPE)).reshape(SHAPE), 5, axis=-1)
+            v_u = np.tanh(x + t)
+            v = v_c = v_u + strength * (1 + t) * np.sin(pattern * 7 + 20 * t)
+            if g != 1 and not apg:
+                v = v_u + g * (v_c - v_u)
+            if g != 1 and apg:
+                running = (v_c - v_u) - 0.5 * running
+                norm = np.sqrt((running**2).sum())
+                image_norms.append(norm)
+                d = running * min(1.0, 2.5 / norm)
+                d = d - (d * v_c).sum() / (v_c * v_c).sum() * v_c
+                v = v_c + (g - 1) * d
+            x = x - v / steps
+        results.append(x)
+        norms.append(image_norms)
+    return torch.from_numpy(np.stack(results)), np.array(norms)
+
+
+def assert_close(value, expected):
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 25])
+def test_euler_steps_go_from_one_to_zero(steps):
+    decoder, noise = ToyDecoder(), make_noise(3, *SHAPE)
+    assert_close(sample(noise, make_pipeline(decoder), timesteps=steps), sample_reference(noise, steps)[0])
+    assert [t for t, _, _ in decoder.passes] == pytest.approx([i / steps for i in range(steps, 0, -1)])
+    assert not any(dropped for _, dropped, _ in decoder.passes)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 7.5])
+def test_classifier_free_guidance_extrapolates_from_the_unconditional_velocity(scale):
+    decoder, noise = ToyDecoder(), make_noise(3, *SHAPE)
+    expected, _ = sample_reference(noise, 4, lambda t: scale)
+    assert_close(sample(noise, make_pipeline(decoder), timesteps=4, guidance_scale=scale), expected)
+    assert [dropped for _, dropped, _ in decoder.passes] == [False, True] * 4
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0, 7.5])
+def test_norm_guidance_has_momentum_a_norm_bound_and_no_parallel_part(scale):
+    noise = make_noise(3, *SHAPE)
+    expected, norms = sample_reference(noise, 6, lambda t: scale, apg=True)
+    assert (norms[0] < 2.5).all() and (norms[2] > 2.5).all()
+    assert (norms[1] < 2.5).any() and (norms[1] > 2.5).any()
+    assert_close(sample(noise, timesteps=6, guidance_scale=scale, perform_norm_guidance=True), expected)
+
+
+def test_norm_guidance_starts_without_momentum_in_each_call():
+    pipeline, noise = make_pipeline(), make_noise(3, *SHAPE)
+    arguments = dict(timesteps=3, guidance_scale=3.0, perform_norm_guidance=True)
+    assert torch.equal(sample(noise, pipeline, **arguments), sample(noise, pipeline, **arguments))
+
+
+@pytest.mark.parametrize("apg", [False, True])
+def test_guidance_scale_may_be_a_function_of_t(apg):
+    asked, noise = [], make_noise(3, *SHAPE)
+
+    def scale(t):
+        asked.append(t)
+        return 1 + 3 * t
+
+    result = sample(noise, timesteps=4, guidance_scale=scale, perform_norm_guidance=apg)
+    assert asked == [1.0, 0.75, 0.5, 0.25]
+    assert_close(result, sample_reference(noise, 4, lambda t: 1 + 3 * t, apg)[0])
+
+
+def test_steps_without_guidance_cost_one_pass():
+    decoder, noise = ToyDecoder(), make_noise(3, *SHAPE)
+
+    def scale(t):
+        return 2.0 if t > 0.5 else 1.0
+
+    result = sample(noise, make_pipeline(decoder), timesteps=4, guidance_scale=scale)
+    assert [dropped for _, dropped, _ in decoder.passes] == [False, True, False, True, False, False]
+    assert_close(result, sample_reference(noise, 4, scale)[0])
+
+
+def test_guidance_without_a_null_condition_is_refused():
+    decoder = nn.Identity()
+    decoder.forward = ToyDecoder().forward
+    with pytest.raises(ValueError, match="guidance_scale needs a decoder with a null condition"):
+        sample(make_noise(3, *SHAPE), make_pipeline(decoder), timesteps=1, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("timesteps", [0, -3])
+def test_a_step_count_below_one_is_refused(timesteps):
+    with pytest.raises(ValueError, match=f"timesteps is {timesteps}"):
+        sample(make_noise(3, *SHAPE), timesteps=timesteps)
+
+
+# With a whole model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    return model.tokenize(make_images(3))
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_generator_decides_the_pictures(model, tokens):
+    pictures = [model.detokenize(tokens, timesteps=1, generator=seeded(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(pictures[0], pictures[1])
+    assert not torch.equal(pictures[0], pictures[2])
+
+
+def test_without_a_generator_the_global_seed_decides(model, tokens):
+    pictures = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        pictures.append(model.detokenize(tokens, timesteps=1))
+    assert torch.equal(pictures[0], pictures[1])
+    assert not torch.equal(pictures[0], pictures[2])
+
+
+def test_drawn_noise_is_standard_normal(model):
+    quants = make_noise(40, N_REGISTERS, 6)
+    noise = model.pipeline._noise({"enc_registers_quant": quants}, None, seeded(3))
+    assert noise.shape == (40, *LATENT_SHAPE)
+    assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("sizes", [None, 8, (8, 8), [8, 8, 8], [(8, 8), 8, (8, 8)]], ids=str)
+def test_sizes_of_latents_as_int_tuple_or_list_mean_the_same(model, tokens, sizes):
+    pictures = model.detokenize(tokens, vae_image_sizes=sizes, timesteps=1, generator=seeded(1))
+    expected = model.detokenize(tokens, timesteps=1, generator=seeded(1))
+    assert torch.equal(pictures, expected)
+
+
+@pytest.mark.parametrize("sizes, shape", [(4, (16, 16)), ((4, 6), (16, 24))])
+def test_one_size_for_all_images(model, tokens, sizes, shape):
+    assert model.detokenize(tokens, vae_image_sizes=sizes, timesteps=1).shape == (3, 3, *shape)
+
+
+def test_a_size_per_image_gives_images_of_these_sizes(model, tokens):
+    pictures = model.detokenize(tokens, vae_image_sizes=[4, (8, 6), (8, 8)], timesteps=1)
+    assert [tuple(picture.shape) for picture in pictures] == [(1, 3, 16, 16), (1, 3, 32, 24), (1, 3, 32, 32)]
+
+
+def test_a_list_of_sizes_needs_one_per_image(model, tokens):
+    with pytest.raises(ValueError, match="2 sizes for 3 images"):
+        model.detokenize(tokens, vae_image_sizes=[8, 8], timesteps=1)
+
+
+def test_target_sizes_come_from_the_data_dict_if_the_config_names_a_key(model, tokens, monkeypatch):
+    monkeypatch.setattr(model.pipeline, "target_sizes_read_key", "sizes")
+    data_dict = {"tokens": torch.cat(tokens), "sizes": [(4, 4), (4, 4), (4, 4)]}
+    assert model.decode(data_dict, timesteps=1)["rgb_reconst"].shape == (3, 3, 16, 16)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_k_tokens_means_that_exactly_k_tokens_matter(model, tokens, k):
+    tokens = torch.cat(tokens)
+
+    def pictures(tokens, **control):
+        data_dict = {"tokens": tokens, "flow_noise": make_noise(3, *LATENT_SHAPE), **control}
+        return model.decode(data_dict, timesteps=2)["rgb_reconst"]
+
+    def changed(position):
+        other = tokens.clone()
+        other[:, position] = (other[:, position] + 12_345) % 64_000
+        return other
+
+    expected = pictures(tokens, eval_keep_k=[k] * 3)
+    assert torch.equal(pictures(tokens[:, :k]), expected)
+    assert torch.equal(pictures(changed(k), eval_keep_k=[k] * 3), expected)
+    assert not torch.equal(pictures(changed(k - 1), eval_keep_k=[k] * 3), expected)
+
+
+def test_without_keep_k_all_tokens_matter(model, tokens):
+    tokens = torch.cat(tokens)
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 12_345) % 64_000
+    first, second = (model.detokenize(t.split(1), timesteps=1, generator=seeded(1)) for t in (tokens, other))
+    assert not torch.equal(first, second)
+
+
+def test_dropping_the_condition_by_hand_is_the_unconditional_pass(model, tokens):
+    data_dicts = [
+        {"tokens": torch.cat(tokens), "eval_dropout_mask": [True] * 3},
+        {"tokens": torch.cat(tokens).roll(1, 0), "eval_dropout_mask": [True] * 3},
+    ]
+    pictures = [model.decode(d, timesteps=2, generator=seeded(1))["rgb_reconst"] for d in data_dicts]
+    assert torch.equal(*pictures)
+
+
+def test_a_model_in_training_mode_samples_as_in_evaluation_mode_and_trains_on():
+    model = tiny_model(null_condition_prob=1.0)
+    images, tokens = make_images(3), [t[:, :3] for t in model.tokenize(make_images(3))]
+    expected = model.detokenize(tokens, timesteps=2, generator=seeded(1))
+    model.train()
+    model.decoder.module_dict["dec_transformer"].blocks[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert torch.equal(torch.cat(model.tokenize(images))[:, :3], torch.cat(tokens))
+    assert torch.equal(model.detokenize(tokens, timesteps=2, generator=seeded(1)), expected)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert modes["decoder"] and not modes["decoder.module_dict.dec_transformer.blocks.0"]
+
+
+def test_a_failed_call_leaves_the_model_in_its_mode():
+    model = tiny_model().train()
+    with pytest.raises(ValueError):
+        model.decode({"enc_registers_quant": make_noise(1, N_REGISTERS, 6)}, vae_image_sizes=100, timesteps=1)
+    assert model.training and all(module.training for module in model.decoder.modules())
+
+
+def test_sampling_builds_no_graph(model, tokens):
+    assert not model.detokenize(tokens, timesteps=1).requires_grad
+    quants = make_noise(2, N_REGISTERS, 6).requires_grad_()
+    assert not model.decode({"enc_registers_quant": quants}, timesteps=1)["vae_latents_reconst"].requires_grad
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        ([], "empty"),
+        ([torch.zeros(1, 0, dtype=torch.long)], "length 0, expected integers, 1 to 8"),
+        ([torch.zeros(1, 9, dtype=torch.long)], "length 9, expected integers, 1 to 8"),
+        ([torch.zeros(1, 8)], "torch.float32"),
+        ([torch.zeros(1, 8, dtype=torch.bool)], "torch.bool"),
+        ([torch.tensor([[0, 64_000]])], "0 to 64000.*0 to 63999"),
+        ([torch.tensor([[0, -1]])], "-1.*0 to 63999"),
+        ([torch.zeros(1, 2, dtype=torch.long), torch.tensor([[64_000]])], "image 1"),
+        ([torch.zeros(2, 4, dtype=torch.long)], r"image 0.*\[2, 4\]"),
+    ],
+    ids=["none", "empty", "too long", "float", "bool", "too large", "negative", "second image", "two images in one"],
+)
+def test_wrong_tokens_are_refused_with_what_is_wrong(model, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        model.detokenize(tokens, timesteps=1)
+
+
+def test_a_progress_bar_is_shown_on_request_only(model, tokens, capsys):
+    model.detokenize(tokens, timesteps=1)
+    assert capsys.readouterr().err == ""
+    model.detokenize(tokens, timesteps=1, verbose=True)
+    assert "sampling" in capsys.readouterr().err

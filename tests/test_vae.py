@@ -1,0 +1,256 @@
+"""Images to latents and back: the AutoencoderKL around diffusers' own, and the pixel VAE."""
+
+import inspect
+
+import pytest
+import torch
+
+from flextok.utils.random import RANDOM_KEY
+from flextok.vae_wrapper import PixelUnshuffleVAE, StableDiffusionVAE
+from helpers import make_draws, make_images, make_noise, pack, save_tiny_vae, unpack
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def diffusers_vae(folder):
+    return save_tiny_vae(folder).requires_grad_(False)
+
+
+@pytest.fixture
+def make_vae(folder, diffusers_vae):
+    return lambda **options: StableDiffusionVAE(hf_hub_path=folder, latent_channels=4, **options)
+
+
+def assert_close(value, expected, tolerance=1e-5):
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=tolerance)
+
+
+# StableDiffusionVAE
+
+
+@pytest.mark.parametrize("scaling_factor, expected", [(None, 0.5), (0.18215, 0.18215)])
+def test_latents_are_the_mode_times_the_scaling_factor(make_vae, diffusers_vae, scaling_factor, expected):
+    vae = make_vae(sample_posterior=False, scaling_factor=scaling_factor)
+    latents = vae.encode({"rgb": make_images(2)})["vae_latents"]
+    assert latents.shape == (2, 4, 4, 4) and vae.downsample_factor == 8
+    assert_close(latents, diffusers_vae.encode(make_images(2)).latent_dist.mean * expected)
+
+
+def test_latents_are_a_posterior_sample_times_the_scaling_factor(make_vae, diffusers_vae):
+    images = make_images(100)
+    posterior = diffusers_vae.encode(images).latent_dist
+    latents = make_vae().encode({"rgb": images, RANDOM_KEY: make_draws(100)})["vae_latents"]
+    noise = (latents / 0.5 - posterior.mean) / (posterior.logvar / 2).exp()
+    assert noise.mean().item() == pytest.approx(0, abs=0.06)
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+    assert noise.abs().max() < 5
+    assert abs(torch.corrcoef(torch.stack([noise[:50].flatten(), noise[50:].flatten()]))[0, 1]) < 0.09
+
+
+def test_posterior_noise_depends_on_the_address_alone(make_vae):
+    vae, images = make_vae(), make_images(1).expand(4, -1, -1, -1)
+
+    def latents(images, draws):
+        return vae.encode({"rgb": images, RANDOM_KEY: draws})["vae_latents"]
+
+    together = latents(images, make_draws(4))
+    assert torch.equal(together, latents(images, make_draws(4)))
+    assert not torch.equal(together, latents(images, make_draws(4, step=4)))
+    assert not torch.equal(together[0], together[1])
+    for i in range(4):
+        assert_close(latents(images[i : i + 1], make_draws(4).select([i])), together[i : i + 1])
+
+
+def test_latents_are_decoded_after_dividing_by_the_scaling_factor(make_vae, diffusers_vae):
+    latents = make_noise(2, 4, 4, 6)
+    images = make_vae().decode({"vae_latents_reconst": latents})["rgb_reconst"]
+    assert images.shape == (2, 3, 32, 48)
+    assert_close(images, diffusers_vae.decode(latents / 0.5).sample)
+
+
+def test_keys_of_the_config_decide_what_is_read_and_written(make_vae):
+    vae = make_vae(
+        images_read_key="in", vae_latents_write_key="z", vae_latents_read_key="z2", images_reconst_write_key="out",
+        vae_kl_loss_write_key="kl", frozen=False,
+    )  # fmt: skip
+    assert vae.encode({"in": make_images(1)}).keys() == {"in", "z", "kl"}
+    assert vae.decode({"z2": make_noise(1, 4, 4, 4)}).keys() == {"z2", "out"}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_given_latents_are_kept_unless_encoding_is_forced(make_vae, force):
+    given = make_noise(2, 4, 4, 4)
+    data_dict = make_vae(force_vae_encode=force).encode({"rgb": make_images(2), "vae_latents": given})
+    assert torch.equal(data_dict["vae_latents"], given) != force
+
+
+def test_given_latents_need_no_images(make_vae):
+    given = make_noise(2, 4, 4, 4)
+    assert torch.equal(make_vae(force_vae_encode=False).encode({"vae_latents": given})["vae_latents"], given)
+    with pytest.raises(KeyError, match="rgb"):
+        make_vae(force_vae_encode=True).encode({"vae_latents": given})
+
+
+def test_a_frozen_vae_trains_nothing_and_stays_in_evaluation_mode(make_vae):
+    vae = make_vae().train()
+    assert not any(p.requires_grad for p in vae.parameters())
+    assert not any(module.training for module in vae.modules())
+    data_dict = vae.encode({"rgb": make_images(1).requires_grad_()})
+    assert not data_dict["vae_latents"].requires_grad and "vae_kl_loss" not in data_dict
+    latents = make_noise(1, 4, 4, 4).requires_grad_()
+    assert not vae.decode({"vae_latents_reconst": latents})["rgb_reconst"].requires_grad
+
+
+def test_a_trained_vae_gets_gradients_from_latents_images_and_kl(make_vae):
+    vae = make_vae(frozen=False).train()
+    assert vae.training and vae.vae.training
+    data_dict = vae.encode({"rgb": make_images(2), RANDOM_KEY: make_draws(2)})
+    data_dict["vae_latents_reconst"] = data_dict["vae_latents"]
+    loss = vae.decode(data_dict)["rgb_reconst"].square().mean() + 1e-6 * data_dict["vae_kl_loss"]
+    loss.backward()
+    assert [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_trained_vae_under_no_grad_builds_no_graph(make_vae):
+    with torch.no_grad():
+        assert not make_vae(frozen=False).encode({"rgb": make_images(1)})["vae_latents"].requires_grad
+
+
+@pytest.mark.parametrize("container", ["batch", "list"])
+def test_kl_is_that_of_a_diagonal_normal_in_nats_per_image(make_vae, diffusers_vae, container):
+    images = make_images(3)
+    posterior = diffusers_vae.encode(images).latent_dist
+    mean, variance = posterior.mean.double(), posterior.logvar.double().exp()
+    expected = (0.5 * (mean**2 + variance - 1 - variance.log())).sum((1, 2, 3)).mean()
+    kl = make_vae(frozen=False).encode({"rgb": pack(images, container)})["vae_kl_loss"]
+    kl = kl if container == "batch" else torch.stack(kl).mean()
+    assert kl.dtype == torch.float32 and kl.ndim == 0
+    assert kl.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_fp32_override_ignores_autocast(make_vae):
+    vae = make_vae(sample_posterior=False, dtype_override="fp32")
+    plain = vae.decode(vae.encode({"rgb": make_images(1)}) | {"vae_latents_reconst": make_noise(1, 4, 4, 4)})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = vae.encode({"rgb": make_images(1)})
+        cast = vae.decode({**cast, "vae_latents_reconst": make_noise(1, 4, 4, 4)})
+    for key in ("vae_latents", "rgb_reconst"):
+        assert torch.equal(cast[key], plain[key])
+
+
+@pytest.mark.parametrize("override, autocast", [(None, True), ("bf16", False), ("bf16", True)])
+def test_bf16_is_used_when_asked_for_and_latents_are_fp32(make_vae, override, autocast):
+    vae = make_vae(sample_posterior=False, dtype_override=override)
+    expected = make_vae(sample_posterior=False).encode({"rgb": make_images(1)})["vae_latents"]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        latents = vae.encode({"rgb": make_images(1)})["vae_latents"]
+        images = vae.decode({"vae_latents_reconst": latents})["rgb_reconst"]
+    assert latents.dtype == images.dtype == torch.float32
+    assert not torch.equal(latents, expected)
+    assert_close(latents, expected, tolerance=0.05)
+
+
+def test_lists_of_mixed_sizes_are_encoded_and_decoded_as_one_by_one(make_vae):
+    vae = make_vae(sample_posterior=False)
+    images = [make_images(1, 32, 32), make_images(1, 16, 24), make_images(1, 32, 32, seed=5)]
+    latents = vae.encode({"rgb": images})["vae_latents"]
+    decoded = vae.decode({"vae_latents_reconst": latents})["rgb_reconst"]
+    for i, image in enumerate(images):
+        alone = vae.encode({"rgb": image})["vae_latents"]
+        assert_close(latents[i], alone)
+        assert_close(decoded[i], vae.decode({"vae_latents_reconst": alone})["rgb_reconst"])
+
+
+def test_learnable_logvar_is_a_parameter_that_freezing_freezes(make_vae):
+    trained, frozen = (make_vae(learnable_logvar=True, logvar_init=-1.5, frozen=f) for f in (False, True))
+    assert trained.logvar.item() == -1.5 and trained.logvar.requires_grad and not frozen.logvar.requires_grad
+    assert not hasattr(make_vae(), "logvar")
+
+
+def test_encoding_is_compiled_on_request(make_vae, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda fn: compiled.append(fn) or (lambda x: fn(x)))
+    make_vae()
+    assert compiled == []
+    vae = make_vae(compile_encode_fn=True)
+    vae.encode({"rgb": make_images(1)})
+    assert compiled == [vae.vae.encode]
+
+
+def test_latent_channels_must_be_those_of_the_weights(folder, diffusers_vae):
+    with pytest.raises(ValueError, match="latent_channels is 16.*has 4"):
+        StableDiffusionVAE(hf_hub_path=folder, latent_channels=16)
+
+
+def test_a_vae_that_is_nowhere_is_named_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for path in (str(tmp_path / "missing"), "nobody/no-such-vae"):
+        with pytest.raises(RuntimeError, match=f"(?s){path}.*hf download"):
+            StableDiffusionVAE(hf_hub_path=path)
+
+
+# PixelUnshuffleVAE
+
+
+@pytest.mark.parametrize("factor, scaling_factor", [(1, 2.0), (2, 0.25), (8, 2.0)])
+def test_pixel_latents_are_exactly_invertible(factor, scaling_factor):
+    vae, images = PixelUnshuffleVAE(factor=factor, scaling_factor=scaling_factor), make_images(3, 16, 24)
+    latents = vae.encode({"rgb": images})["vae_latents"]
+    assert latents.shape == (3, vae.latent_channels, 16 // factor, 24 // factor)
+    assert torch.equal(vae.decode({"vae_latents_reconst": latents})["rgb_reconst"], images)
+
+
+def test_pixel_latents_hold_the_pixels_of_their_block():
+    factor, images = 4, make_images(2)
+    latents = PixelUnshuffleVAE(factor=factor, scaling_factor=2.0).encode({"rgb": images})["vae_latents"]
+    for row in range(factor):
+        for column in range(factor):
+            channels = torch.arange(3) * factor**2 + row * factor + column
+            assert torch.equal(latents[:, channels], 2 * images[:, :, row::factor, column::factor])
+
+
+def test_pixel_latents_have_about_unit_variance():
+    latents = PixelUnshuffleVAE().encode({"rgb": make_images(8)})["vae_latents"]
+    assert 0.8 < latents.std() < 1.3
+
+
+def test_pixel_vae_has_the_interface_of_the_other(make_vae):
+    pixel, other = PixelUnshuffleVAE(), make_vae()
+    for name in (
+        "images_read_key", "vae_latents_read_key", "vae_latents_write_key", "images_reconst_write_key",
+        "force_vae_encode", "frozen", "downsample_factor", "latent_channels", "scaling_factor",
+    ):  # fmt: skip
+        assert type(getattr(pixel, name)) is type(getattr(other, name)), name
+    for method in ("encode", "decode"):
+        assert inspect.signature(getattr(pixel, method)) == inspect.signature(getattr(other, method))
+    assert pixel.state_dict() == {}
+    given = make_noise(1, 48, 8, 8)
+    kept = PixelUnshuffleVAE(force_vae_encode=False).encode({"vae_latents": given})["vae_latents"]
+    assert torch.equal(kept, given)
+
+
+@pytest.mark.parametrize("options", [dict(factor=0), dict(scaling_factor=0.0), dict(scaling_factor=-1.0)])
+def test_pixel_vae_refuses_settings_that_lose_the_image(options):
+    with pytest.raises(ValueError, match="factor"):
+        PixelUnshuffleVAE(**options)
+
+
+@pytest.mark.parametrize("kind", ["pixel", "stable_diffusion"])
+@pytest.mark.parametrize("shape", [(1, 3, 20, 32), (1, 3, 32, 20), (1, 4, 32, 32), (3, 32, 32)])
+def test_images_that_do_not_fit_are_refused_with_their_shape(make_vae, kind, shape):
+    vae = PixelUnshuffleVAE(factor=8) if kind == "pixel" else make_vae()
+    expected = rf"\[{', '.join(map(str, shape))}\].*expected \[B, 3, H, W\].*multiples of 8"
+    with pytest.raises(ValueError, match=expected):
+        vae.encode({"rgb": torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("kind", ["pixel", "stable_diffusion"])
+def test_both_vaes_take_lists(make_vae, kind):
+    vae = PixelUnshuffleVAE() if kind == "pixel" else make_vae(sample_posterior=False)
+    listed = vae.encode({"rgb": pack(make_images(3), "list")})["vae_latents"]
+    assert isinstance(listed, list) and len(listed) == 3
+    assert_close(unpack(listed), vae.encode({"rgb": make_images(3)})["vae_latents"])
