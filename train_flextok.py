@@ -319,7 +319,8 @@ class FlexTokTrainer:
                 means[name] = means.get(name, 0.0) + value.detach() * share
             if isinstance(batch, dict):
                 self.broken_files.add(batch.get("broken", ()))
-        lr = self.optimizer.param_groups[0]["lr"]
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        lr = rates.get("decoder", next(iter(rates.values())))
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.trained_parameters, config.max_grad_norm or math.inf)
         self.scaler.step(self.optimizer)

@@ -105,6 +105,7 @@ class FlexTok(nn.Module):
     @torch.no_grad()
     def tokenize(self, images: Union[torch.Tensor, Sequence[torch.Tensor]]) -> List[torch.Tensor]:
         """Images [B, 3, H, W] in [-1, 1] (or a list of [1, 3, H, W]) -> list of B tokens [1, L], long."""
+        images = images if isinstance(images, torch.Tensor) else list(images)
         with evaluating(self):
             tokens = self.encode({self.vae.images_read_key: images})[self.regularizer.tokens_write_key]
         return list(tokens.split(1)) if isinstance(tokens, torch.Tensor) else tokens
@@ -117,7 +118,8 @@ class FlexTok(nn.Module):
         """
         data_dict = {self.regularizer.tokens_write_key: list(token_ids_list)}
         data_dict = self.decode(data_dict, vae_image_sizes=vae_image_sizes, **decode_arguments)
-        return data_dict[self.vae.images_reconst_write_key]
+        images = data_dict[self.vae.images_reconst_write_key]
+        return images if len({image.shape for image in images}) > 1 else torch.cat(images)
 
     def _quants_from_tokens(self, data_dict: dict) -> None:
         """Write quantised registers and keep_k for tokens of any length: padded with token 0, then masked."""
@@ -130,15 +132,22 @@ class FlexTok(nn.Module):
         padded = torch.zeros(len(tokens), n_max, dtype=torch.long)
         lengths = []
         for i, row in enumerate(tokens):
-            row = row.detach().cpu().view(-1)
-            if row.is_floating_point() or not 1 <= len(row) <= n_max:
-                raise ValueError(f"tokens of image {i} are {row.dtype} of length {len(row)}, expected integers, 1 to {n_max} of them")
+            row = row.detach().cpu()
+            integers = not row.is_floating_point() and row.dtype != torch.bool
+            if not integers or row.numel() != row.shape[-1] or not 1 <= row.numel() <= n_max:
+                raise ValueError(
+                    f"tokens of image {i} are {row.dtype} {list(row.shape)}, expected integers [1, l] with l from 1 to {n_max}"
+                )
+            row = row.flatten()
             if row.min() < 0 or row.max() >= self.regularizer.codebook_size:
-                raise ValueError(f"tokens of image {i} reach from {row.min()} to {row.max()}, but the codebook has 0 to {self.regularizer.codebook_size - 1}")
+                raise ValueError(
+                    f"tokens of image {i} reach from {row.min()} to {row.max()}, but the codebook has 0 to "
+                    f"{self.regularizer.codebook_size - 1}"
+                )
             padded[i, : len(row)] = row
             lengths.append(len(row))
-        data_dict[key] = padded.to(self.device)
-        data_dict[self.regularizer.quants_write_key] = self.regularizer.indices_to_embedding(data_dict[key])
+        quants = self.regularizer.indices_to_embedding(padded.to(self.device))
+        data_dict[self.regularizer.quants_write_key] = list(quants.split(1)) if isinstance(tokens, list) else quants
         for module in self.decoder.modules():
             if hasattr(module, "eval_keep_k_read_key"):
                 data_dict.setdefault(module.eval_keep_k_read_key, lengths)

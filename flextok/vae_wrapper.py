@@ -142,7 +142,8 @@ class PixelUnshuffleVAE(nn.Module):
     """A lossless stand-in for a VAE: each factor x factor block of pixels becomes one latent of 3 * factor^2 channels.
 
     Nothing is learned, so a model can be trained from scratch with no pretrained weights. Same interface as
-    StableDiffusionVAE; `scaling_factor` brings pixels in [-1, 1] to a standard deviation of about 1.
+    StableDiffusionVAE. Neighbouring pixels say nearly the same, so an image shows through noise that would hide a VAE's
+    latents; a small `scaling_factor` on pixels in [-1, 1] moves training to noise levels where the tokens matter.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class PixelUnshuffleVAE(nn.Module):
         vae_latents_write_key: str = "vae_latents",
         images_reconst_write_key: str = "rgb_reconst",
         factor: int = 4,
-        scaling_factor: float = 2.0,
+        scaling_factor: float = 0.5,
         force_vae_encode: bool = True,
     ):
         super().__init__()
@@ -184,6 +185,8 @@ class PixelUnshuffleVAE(nn.Module):
 
 
 def _check_images(images: torch.Tensor, factor: int) -> None:
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"images are {images!r}, expected a tensor [B, 3, H, W] or a list of [1, 3, H, W]")
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
         raise ValueError(
             f"images are {list(images.shape)}, expected [B, 3, H, W] with H and W multiples of {factor}, in [-1, 1]"

@@ -39,6 +39,16 @@ def tiny_model(seed: int = 0, **overrides) -> FlexTokFromHub:
     return randomise(FlexTokFromHub(tiny_config(**overrides)), seed).eval()
 
 
+def tiny_model_that_draws(**overrides) -> FlexTokFromHub:
+    """A `tiny_model` with every option on that draws random numbers in training; in training mode."""
+    config = tiny_config(null_condition_prob=0.3, **overrides)
+    config["regularizer"].update(drop_quant_p=0.3, corrupt_tokens_p=0.5, apply_corrupt_tokens_p=0.5)
+    config["encoder"]["module_dict"]["enc_register_module"]["n_min"] = 4
+    for part, name in (("encoder", "enc_transformer"), ("decoder", "dec_transformer")):
+        config[part]["module_dict"][name].update(drop=0.1, drop_path_rate=0.3)
+    return randomise(FlexTokFromHub(config)).train()
+
+
 def make_images(n: int, height: int = 32, width: int = 32, seed: int = 1) -> torch.Tensor:
     return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 

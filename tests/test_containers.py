@@ -6,7 +6,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flextok.utils.random import RANDOM_KEY
-from helpers import LATENT_SHAPE, N_REGISTERS, make_draws, make_images, make_noise, pack, tiny_model, unpack
+from helpers import (
+    LATENT_SHAPE,
+    N_REGISTERS,
+    make_draws,
+    make_images,
+    make_noise,
+    pack,
+    tiny_model,
+    tiny_model_that_draws,
+    unpack,
+)
 
 CONTAINERS = ("batch", "list")
 VELOCITY_AND_REPA = ("vae_latents_reconst", "dec_patches_repa_layer")
@@ -148,6 +158,14 @@ def test_a_data_dict_used_again_holds_what_the_second_call_wrote(model):
         assert again[key] == fresh[key], key
 
 
+def test_what_no_module_writes_comes_back_as_it_was(model):
+    carried = {"eval_keep_k": [1, 2, 3], "names": ["a", "b", "c"], "note": "text", RANDOM_KEY: make_draws(3)}
+    images = pack(make_images(3), "list")
+    data_dict = model.encode({"rgb": images, **carried})
+    assert all(data_dict[key] is value for key, value in carried.items())
+    assert all(map(torch.equal, data_dict["rgb"], images))
+
+
 # Mixed shapes
 
 
@@ -216,22 +234,14 @@ def test_mixed_token_lengths_are_detokenised_as_with_keep_k(model):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_an_image_does_not_depend_on_its_batch(training):
-    model = tiny_model(null_condition_prob=0.3)
-    model.regularizer.drop_quant_p, model.regularizer.corrupt_tokens_p = 0.3, 0.5
-    model.regularizer.apply_corrupt_tokens_p = 0.5
-    for part in ("encoder.module_dict.enc_transformer", "decoder.module_dict.dec_transformer"):
-        transformer = model.get_submodule(part)
-        transformer.drops = True
-        for block in transformer.blocks:
-            block.drop, block.drop_path = 0.1, 0.3
-    model.train(training)
-    images, draws = make_images(6), make_draws(6)
+    model = tiny_model_that_draws().train(training)
+    images, draws = make_images(8), make_draws(8)
     together = model({"rgb": images, RANDOM_KEY: draws})
-    for i in range(6):
+    for i in range(8):
         alone = model({"rgb": images[i : i + 1], RANDOM_KEY: draws.select([i])})
         for key in ("tokens", "flow_noise", "sigmas"):
             assert torch.equal(together[key][i : i + 1], alone[key]), key
-        for key in VELOCITY_AND_REPA:
+        for key in ("enc_registers_quant", *VELOCITY_AND_REPA):
             assert_close(together[key][i : i + 1], alone[key])
 
 

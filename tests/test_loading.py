@@ -39,14 +39,17 @@ def folder(model, tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No network, as huggingface_hub's HF_HUB_OFFLINE and the sockets have it."""
+    """No network, as huggingface_hub's HF_HUB_OFFLINE and the sockets have it; the attempts to use it."""
+    attempts = []
 
     def refuse(*args, **kwargs):
+        attempts.append(args)
         raise OSError("no network in this test")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    return attempts
 
 
 @pytest.fixture
@@ -314,6 +317,13 @@ def vae_folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def small_default_vae(monkeypatch):
+    """The VAE that is built where no architecture can be read has 8 channels."""
+    small = dict(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+    monkeypatch.setattr("flextok.vae_wrapper.AUTOENCODER_KL", {**AUTOENCODER_KL, **small})
+
+
 def vae_config(hub_path):
     return tiny_config(vae="stable_diffusion", vae_hub_path=hub_path, latent_channels=4)
 
@@ -343,9 +353,7 @@ def test_a_checkpoint_without_vae_takes_the_vae_that_its_config_names(vae_folder
     assert same_weights(load_model_from_safetensors(tmp_path / "model.safetensors"), model)
 
 
-def test_a_checkpoint_without_vae_and_without_its_name_loads_with_a_warning(vae_folder, monkeypatch, tmp_path, caplog):
-    small = dict(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
-    monkeypatch.setattr("flextok.vae_wrapper.AUTOENCODER_KL", {**AUTOENCODER_KL, **small})
+def test_a_checkpoint_without_vae_and_without_its_name_loads_with_a_warning(small_default_vae, tmp_path, caplog):
     model = FlexTokFromHub(vae_config(None))
     tensors = {key: value for key, value in model.state_dict().items() if not key.startswith("vae.")}
     save_safetensors(tensors, tmp_path / "model.safetensors", model.config)
@@ -375,13 +383,14 @@ def test_a_vae_inside_the_checkpoint_is_used_and_its_hub_name_not_fetched(tmp_pa
     assert loaded.config == config
 
 
-def test_a_vae_inside_the_checkpoint_of_the_published_kind_needs_no_cache_at_all(tmp_path, hub_cache, monkeypatch):
-    small = dict(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
-    monkeypatch.setattr("flextok.vae_wrapper.AUTOENCODER_KL", {**AUTOENCODER_KL, **small})
+def test_a_vae_inside_the_checkpoint_needs_nothing_from_the_hub(small_default_vae, tmp_path, monkeypatch, offline):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # it could ask, and need not
     model = FlexTokFromHub(vae_config(None))
     config = {**model.config, "vae": {**model.config["vae"], "hf_hub_path": "some-lab/vae-that-is-nowhere"}}
     save_safetensors(model.state_dict(), tmp_path / "model.safetensors", config)
     assert same_weights(load_model_from_safetensors(tmp_path / "model.safetensors"), model)
+    assert offline == []
 
 
 def test_a_stray_logvar_of_the_published_vae_is_ignored(model):

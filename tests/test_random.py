@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flextok.utils.random import RANDOM_KEY, BatchRandom, address_key, generator, uniform_number
-from helpers import make_draws, make_images, tiny_model
+from helpers import make_draws, make_images, tiny_model_that_draws
 
 MASK = (1 << 64) - 1
 
@@ -173,7 +173,7 @@ def test_a_draw_does_not_depend_on_the_images_around_it_or_on_earlier_draws():
 
 
 def test_given_draws_leave_torchs_global_state_alone():
-    model = tiny_model(null_condition_prob=0.5).train()
+    model = tiny_model_that_draws()
     before = torch.get_rng_state()
     model({"rgb": make_images(2), RANDOM_KEY: make_draws(2)})
     assert torch.equal(torch.get_rng_state(), before)

@@ -36,7 +36,7 @@ def test_flow_loss_is_the_velocity_error_of_an_independent_computation(trainer):
     random = BatchRandom(0, 0, batch["position"], 4)
     data = trainer.model({"rgb": batch["image"], RANDOM_KEY: random})
     sigma = data["sigmas"].view(-1, 1, 1, 1)
-    latents = 2.0 * F.pixel_unshuffle(batch["image"], 4)
+    latents = 0.5 * F.pixel_unshuffle(batch["image"], 4)
     assert torch.allclose(data["vae_latents_noised"], sigma * data["flow_noise"] + (1 - sigma) * latents, atol=1e-6)
     expected = sum(
         ((data["vae_latents_reconst"][i] - (data["flow_noise"][i] - latents[i])) ** 2).sum().item() for i in range(4)

@@ -73,7 +73,7 @@ def build_config(
     logit_normal_sigmas: bool = False,
     stratified_sigmas: bool = False,
     mode_scale: Optional[float] = 0.25,
-    encoder_head_init: str = "xavier",
+    encoder_head_init: str = "zero",
     use_act_checkpoint: bool = False,
 ) -> dict:
     """The config of a FlexTok model, for `FlexTokFromHub(config)`.
@@ -89,14 +89,15 @@ def build_config(
         vae: `stable_diffusion` (AutoencoderKL, downsampling by 8) or `pixel` (lossless pixel unshuffle).
         vae_factor: Downsampling of the pixel VAE.
         vae_hub_path: Weights of the AutoencoderKL, e.g. EPFL-VILAB/flextok_vae_c16; None: random.
-        vae_scaling_factor: Factor on the latents; None: the AutoencoderKL's own, or 2 for pixels.
+        vae_scaling_factor: Factor on the latents; None: the AutoencoderKL's own, or 0.5 for pixels.
         latent_channels: Channels of the AutoencoderKL's latents (4, 8 or 16 as published).
         repa_layers: Decoder blocks whose output is kept for REPA, 0 the first.
         keep_k_mode: How nested dropout draws the number of kept tokens: `uniform`, `pow2` or `uniform_pow2`.
         null_condition_prob: Probability that an image is trained without its tokens, for guidance.
         logit_normal_sigmas, stratified_sigmas, mode_scale: See MinRFNoiseModule.
-        encoder_head_init: `xavier`, `trunc_normal` or `zero`, for the layer in front of the quantiser. With `zero`
-            all images have the same tokens at first.
+        encoder_head_init: `zero`, `xavier` or `trunc_normal`, for the layer in front of the quantiser. With `zero` all
+            images have the same tokens at first, and the quantiser's input grows only as far as training needs it;
+            with `xavier` it soon saturates the quantiser's tanh. README.md compares them.
         use_act_checkpoint: Gradient checkpointing.
 
     Raises:
@@ -105,13 +106,20 @@ def build_config(
     if vae not in ("stable_diffusion", "pixel"):
         raise ConfigError(f"vae is {vae!r}, expected 'stable_diffusion' or 'pixel'")
     factor = vae_factor if vae == "pixel" else 8
-    if min(encoder_depth, decoder_depth, n_registers, patch_size, factor) < 1:
-        raise ConfigError("depths, n_registers, patch_size and vae_factor must be at least 1")
+    encoder_width = 64 * encoder_depth if encoder_width is None else encoder_width
+    decoder_width = 64 * decoder_depth if decoder_width is None else decoder_width
+    sizes = dict(
+        encoder_depth=encoder_depth, decoder_depth=decoder_depth, encoder_width=encoder_width,
+        decoder_width=decoder_width, head_dim=head_dim, n_registers=n_registers, patch_size=patch_size,
+        img_size=img_size, vae_factor=factor, latent_channels=latent_channels,
+    )  # fmt: skip
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name} is {size}, expected at least 1")
     if img_size % (factor * patch_size):
         raise ConfigError(
             f"img_size is {img_size}, expected a multiple of {factor * patch_size} (VAE factor {factor} x patch_size {patch_size})"
         )
-    encoder_width, decoder_width = encoder_width or 64 * encoder_depth, decoder_width or 64 * decoder_depth
     for name, width in (("encoder_width", encoder_width), ("decoder_width", decoder_width)):
         if width % head_dim or width % 4:
             raise ConfigError(f"{name} is {width}, expected a multiple of head_dim {head_dim} and of 4")

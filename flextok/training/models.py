@@ -94,10 +94,7 @@ def load_model(config: TrainConfig) -> FlexTokFromHub:
             model_config, fresh = with_fsq_levels(model_config, config.fsq_levels)
         if config.train_from_scratch:
             fresh = ["encoder", "decoder"]
-        if not fresh:
-            return build_model(model_config, tensors, config.model_name)
-        kept = {key: value for key, value in tensors.items() if not key.startswith(tuple(f"{name}." for name in fresh))}
-        return build_model(model_config, kept, config.model_name, fresh=fresh)
+        return build_model(model_config, tensors, config.model_name, fresh=fresh)
 
 
 def _fetch(model_name: str) -> "tuple[dict, dict]":

@@ -12,11 +12,19 @@ import torch
 from .random import BatchRandom
 
 
-def as_batch_tensor(value, device, dtype=None) -> torch.Tensor:
-    """A control value (a list or tensor with one entry per image) as a tensor [B] on `device`."""
+def as_batch_tensor(data_dict: dict, key: str, like: torch.Tensor, dtype=None, same_batch: bool = True) -> torch.Tensor:
+    """A control value (a list or tensor with one entry per image) as a tensor [B] on the device of `like`.
+
+    Raises:
+        ValueError: It does not have one entry per image of `like` [B, ...] (not checked unless `same_batch`).
+    """
+    value = data_dict[key]
     if isinstance(value, (list, tuple)):
         value = [v.item() if isinstance(v, torch.Tensor) else v for v in value]
-    return torch.as_tensor(value, dtype=dtype).to(device, non_blocking=True)
+    value = torch.as_tensor(value, dtype=dtype).to(like.device, non_blocking=True)
+    if same_batch and value.shape != like.shape[:1]:
+        raise ValueError(f"{key!r} has shape {list(value.shape)}, but the batch has {len(like)} images")
+    return value
 
 
 def _is_sample_list(value: Any) -> bool:
@@ -51,8 +59,13 @@ def _run_by_shape(method: Callable, data_dict: dict, args, kwargs) -> dict:
     for i in range(n):
         groups.setdefault(tuple(data_dict[key][i].shape for key in list_keys), []).append(i)
 
-    results = [(indices, method(_gather(data_dict, list_keys, indices, n), *args, **kwargs)) for indices in groups.values()]
-    merged = {key: _scatter(key, results, data_dict, n) for key in results[0][1]}
+    results, written = [], set()  # what a module wrote is known by its identity
+    for indices in groups.values():
+        dense = _gather(data_dict, list_keys, indices, n)
+        out = method(dict(dense), *args, **kwargs)
+        written |= {key for key in out if key not in dense or out[key] is not dense[key]}
+        results.append((indices, out))
+    merged = {key: _scatter(key, results, data_dict, n) if key in written else data_dict[key] for key in results[0][1]}
     for key in list(data_dict):
         if key not in merged:
             del data_dict[key]
@@ -71,8 +84,9 @@ def _gather(data_dict: dict, list_keys: list, indices: list, n: int) -> dict:
         elif isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == n:
             dense[key] = value[indices]
         elif isinstance(value, list) and len(value) == n:
-            # Shapes that a packer noted are the same for all images of a group; the rest are control values.
-            dense[key] = value[indices[0]] if isinstance(value[indices[0]], tuple) else [value[i] for i in indices]
+            first = value[indices[0]]
+            # What a packer noted (shapes, a mask) is the same for all images of a group; the rest are control values.
+            dense[key] = first if first is None or isinstance(first, tuple) else [value[i] for i in indices]
         else:
             dense[key] = value
     return dense
@@ -89,8 +103,6 @@ def _scatter(key: str, results: list, data_dict: dict, n: int):
         tensors = tensors and batched
         for j, i in enumerate(indices):
             per_image[i] = value[j : j + 1] if batched else value
-    if isinstance(before, BatchRandom) or (before is not None and not tensors):
-        return before  # carried through, not written by a module
     stays_batched = tensors and (isinstance(before, torch.Tensor) or (before is None and per_image[0].ndim == 1))
     if stays_batched and len({tensor.shape for tensor in per_image}) == 1:
         return torch.cat(per_image)

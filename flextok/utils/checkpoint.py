@@ -102,12 +102,14 @@ def load_weights(
     Raises:
         CheckpointError: With all missing and unexpected keys and wrong shapes. The model is left as it was.
     """
+    fresh_keys = tuple(f"{name}." for name in fresh)
     state_dict = {clean_key(key): value for key, value in state_dict.items()}
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith(fresh_keys)}
     expected = model.state_dict()
     if "vae.logvar" not in expected:
         state_dict.pop("vae.logvar", None)  # plays no part in what the VAE computes
     without_vae = not any(key.startswith("vae.") for key in state_dict)
-    kept = tuple(f"{name}." for name in [*fresh, *(["vae"] if without_vae else [])])
+    kept = (*fresh_keys, "vae.") if without_vae else fresh_keys
     needed = [key for key in expected if not key.startswith(kept)]
     problems = [f"missing: {key} {list(expected[key].shape)}" for key in needed if key not in state_dict]
     problems += [f"unexpected: {key} {list(value.shape)}" for key, value in state_dict.items() if key not in expected]
@@ -138,7 +140,7 @@ def build_model(
     if has_vae and str(vae.get("_target_")).endswith(".StableDiffusionVAE"):
         vae = {**vae, "load_weights": False}
     model = FlexTokFromHub({**config, "vae": vae})
-    model.config["vae"] = config["vae"]
+    model.config["vae"].pop("load_weights", None)
     load_weights(model, state_dict, source, fresh)
     return model.eval()
 

@@ -117,7 +117,7 @@ def instantiate(config: Any, _where: str = "config", _depth: int = 0, **extra) -
 
     if config["_target_"] == "hydra.utils.get_method":
         path = config.get("path")
-        if set(config) - {"_target_", "path"} or path not in ALLOWED_FUNCTIONS:
+        if set(config) - {"_target_", "path"} or not isinstance(path, str) or path not in ALLOWED_FUNCTIONS:
             raise ConfigError(f"{_where}: hydra.utils.get_method of {path!r} is not allowed, only of {sorted(ALLOWED_FUNCTIONS)}")
         return _lookup(path, _where)
 

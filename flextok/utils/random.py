@@ -42,9 +42,14 @@ def _mix_tensor(value: torch.Tensor) -> torch.Tensor:
     return value ^ _shift_right(value, 31)
 
 
+@torch._dynamo.assume_constant_result  # torch.compile cannot look into hashlib
+def _name_key(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
 def address_key(seed: int, name: str, *numbers: int) -> int:
     """Fold (seed, name, numbers) into an unsigned 64-bit key, e.g. `address_key(seed, "epoch", epoch)`."""
-    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    key = _name_key(name)
     for number in (seed, *numbers):
         key = _mix((key + GAMMA + (number & MASK64)) & MASK64)
     return key
@@ -74,6 +79,8 @@ class BatchRandom:
     def __init__(self, seed: int, step: int, positions: torch.Tensor, global_batch_size: Optional[int] = None):
         self.seed, self.step, self.positions = seed, step, positions
         self.global_batch_size = global_batch_size or len(positions)
+        # Seed and step as tensors, filled on the device: a compiled step is not compiled anew for each of them.
+        self._numbers = [torch.full((), _signed(n & MASK64), device=positions.device) for n in (seed, step)]
 
     @classmethod
     def from_global_state(cls, batch_size: int, device) -> "BatchRandom":
@@ -100,14 +107,16 @@ class BatchRandom:
 
     def _bits(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Long [B, *shape] of 64 random bits each."""
-        base = _signed((address_key(self.seed, name, self.step) + GAMMA) & MASK64)
-        keys = _mix_tensor(self.positions.long() + base)
+        key = torch.full((), _signed(_name_key(name)), device=self.positions.device)
+        for number in self._numbers:
+            key = _mix_tensor(key + _signed(GAMMA) + number)
+        keys = _mix_tensor(self.positions.long() + key + _signed(GAMMA))
         counter = torch.arange(1, math.prod(shape) + 1, device=keys.device) * _signed(GAMMA)
         return _mix_tensor(keys[:, None] + counter).view(len(keys), *shape)
 
     def uniform(self, name: str, shape: Sequence[int] = ()) -> torch.Tensor:
         """Float64 [B, *shape], uniform in [0, 1)."""
-        return _shift_right(self._bits(name, shape), 11) * 2.0**-53
+        return _shift_right(self._bits(name, shape), 11).double() * 2.0**-53
 
     def normal(self, name: str, shape: Sequence[int] = ()) -> torch.Tensor:
         """Float32 [B, *shape], standard normal (Box-Muller on the two halves of each 64-bit value).
@@ -116,7 +125,7 @@ class BatchRandom:
         image's noise does not depend on the batch around it.
         """
         bits = self._bits(name, shape)
-        radius = (-2.0 * (((bits >> 32) & 0xFFFFFFFF) + 0.5).double().mul(2.0**-32).log()).sqrt()
+        radius = (-2.0 * (((bits >> 32) & 0xFFFFFFFF).double() + 0.5).mul(2.0**-32).log()).sqrt()
         angle = (bits & 0xFFFFFFFF).double().mul(2.0 * math.pi * 2.0**-32)
         return (radius * angle.cos()).float()
 

@@ -24,7 +24,7 @@ class _NullCond(nn.Module):
         if self.training:
             drop = BatchRandom.of(data_dict, x).uniform("null_condition") < self.dropout_prob
         elif data_dict.get(self.eval_drop_flag_read_key) is not None:
-            drop = as_batch_tensor(data_dict[self.eval_drop_flag_read_key], x.device, torch.bool)
+            drop = as_batch_tensor(data_dict, self.eval_drop_flag_read_key, x, torch.bool)
         else:
             return data_dict
         data_dict[self.read_write_key] = torch.where(drop.view(-1, *[1] * (x.ndim - 1)), self.null(x), x)

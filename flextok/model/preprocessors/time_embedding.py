@@ -44,6 +44,6 @@ class TimestepEmbedder(nn.Module):
     @dense_batches
     def forward(self, data_dict: dict) -> dict:
         weight = self.mlp[0].weight
-        t = as_batch_tensor(data_dict[self.timesteps_read_key], weight.device)
+        t = as_batch_tensor(data_dict, self.timesteps_read_key, weight, same_batch=False)
         data_dict[self.time_embedding_write_key] = self.mlp(self.sinusoids(t).to(weight.dtype))
         return data_dict

@@ -56,7 +56,7 @@ class MaskedNestedDropout(nn.Module):
             keep_k = self.sample_keep_k(BatchRandom.of(data_dict, x), x.shape[1])
             data_dict[self.train_keep_k_write_key] = keep_k
         elif data_dict.get(self.eval_keep_k_read_key) is not None:
-            keep_k = as_batch_tensor(data_dict[self.eval_keep_k_read_key], x.device)
+            keep_k = as_batch_tensor(data_dict, self.eval_keep_k_read_key, x)
         else:
             return data_dict
         keep = torch.arange(x.shape[1], device=x.device) < keep_k[:, None]  # [B, N]

@@ -170,6 +170,8 @@ class FlexTransformer(nn.Module):
                 raise ValueError(
                     f"adaLN_expansion is {self.adaLN_expansion}, but the sequence has {len(lengths)} sub-sequences"
                 )
+        if embedding is not None and len(embedding) != len(x):
+            raise ValueError(f"the time embedding is for {len(embedding)} images, but the sequences are of {len(x)}")
         random = BatchRandom.of(data_dict, x) if self.training and self.drops else None
         intermediates = {}
         for i, block in enumerate(self.blocks):
