@@ -28,8 +28,10 @@ if __name__ == "__main__":
 
 import contextlib
 import datetime
+import itertools
 import logging
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -40,13 +42,16 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from flextok.data.loader import BrokenFiles, GlobalBatchSampler, build_datasets, build_loader
+from flextok.data.loader import BrokenFiles, GlobalBatchSampler, TooManyBrokenFiles, build_datasets, build_loader
 from flextok.flextok_wrapper import FlexTokFromHub
+from flextok.model.trunks.transformers import FlexTransformer
 from flextok.training.checkpoints import BEST, LATEST, find_checkpoint, link_checkpoint, read_checkpoint, save_checkpoint
-from flextok.training.config import TrainConfig, load_config
+from flextok.training.config import TrainConfig, load_config, write_config
 from flextok.training.ema import EMA
 from flextok.training.logs import MetricsLog
-from flextok.training.models import check_repa_model, check_repa_settings, known_model_config, load_model
+from flextok.training.models import (
+    check_image_size, check_repa_model, check_repa_settings, known_model_config, load_model,
+)  # fmt: skip
 from flextok.training.pictures import save_curves, save_grid
 from flextok.utils.checkpoint import CheckpointError, load_weights
 from flextok.utils.config import ConfigError
@@ -107,7 +112,9 @@ class FlexTokTrainer:
         self.best_val_loss = math.inf
         self.constant_losses: Optional[Dict[str, float]] = None
         self.wandb_id: Optional[str] = None
+        self.data_identity = self._data_identity()
         self.broken_files = BrokenFiles(max(1, len(train_loader.dataset)))
+        self.broken_val_files = BrokenFiles(max(1, len(val_loader.dataset) if val_loader is not None else 1))
 
     # ------------------------------------------------------------------------------------------------------- set-up
 
@@ -124,7 +131,8 @@ class FlexTokTrainer:
         model.vae.force_vae_encode = False  # a trained VAE's latents come from its own loss; others are never there
         if config.train_vae and count_parameters(model.vae) == 0:
             raise ConfigError("train_vae is true, but this model's VAE has no parameters")
-        model.vae.requires_grad_(config.train_vae)
+        for parameter_name, parameter in model.vae.named_parameters():
+            parameter.requires_grad_(config.train_vae and parameter_name != "logvar")  # which plays no part in any loss
 
     def _build_repa_module(self):
         from flextok.model.utils.repa_loss import REPAModule  # a run without REPA needs none of it
@@ -272,10 +280,10 @@ class FlexTokTrainer:
         """Train to the last epoch, or to optimizer step `max_steps`; then validate, draw pictures and export."""
         last_step = min(self.total_steps, max_steps if max_steps is not None else self.total_steps)
         self._open_log()
-        self._log_constant_losses()
         progress = tqdm(total=last_step, initial=self.global_step, unit="step", dynamic_ncols=True, smoothing=0.05)
         self._clock, self._images_since = time.perf_counter(), 0
         try:
+            self._log_constant_losses()
             while self.global_step < last_step:
                 epoch = self.global_step // self.steps_per_epoch
                 for window in self._windows(epoch, self.global_step % self.steps_per_epoch):
@@ -286,6 +294,7 @@ class FlexTokTrainer:
         finally:
             progress.close()
             self.metrics_log.close()
+            self.metrics_log = None
 
     def _windows(self, epoch: int, first_step: int) -> Iterator[List]:
         """The batches of each optimizer step of an epoch, from its step `first_step` on; the last may have fewer."""
@@ -317,8 +326,6 @@ class FlexTokTrainer:
             self.scaler.scale(losses["loss"] * share).backward()
             for name, value in losses.items():
                 means[name] = means.get(name, 0.0) + value.detach() * share
-            if isinstance(batch, dict):
-                self.broken_files.add(batch.get("broken", ()))
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         lr = rates.get("decoder", next(iter(rates.values())))
         self.scaler.unscale_(self.optimizer)
@@ -336,22 +343,50 @@ class FlexTokTrainer:
         progress.update(1)
         if step % config.log_every == 0:
             self._log_step(means, grad_norm, lr, epoch, progress)
+        end_of_epoch = step % self.steps_per_epoch == 0
+        validates = end_of_epoch or (config.val_every_steps and step % config.val_every_steps == 0)
+        saves = end_of_epoch or (config.save_every_steps and step % config.save_every_steps == 0)
+        keeps = end_of_epoch and config.save_every and (epoch + 1) % config.save_every == 0
         with self._clock_stopped():
-            end_of_epoch = step % self.steps_per_epoch == 0
-            if end_of_epoch or (config.val_every_steps and step % config.val_every_steps == 0):
-                self.validate()
+            if validates or saves:
+                self._check_finite(means["loss"])
+                self._validate_and_save(validates, f"epoch_{epoch + 1:04d}.pt" if keeps else None)
             if config.visualize_every and step % config.visualize_every == 0:
                 self.visualize()
-            if end_of_epoch or (config.save_every_steps and step % config.save_every_steps == 0):
+        for batch in window:
+            self._note_broken(batch, self.broken_files)
+
+    def _validate_and_save(self, validates: bool = True, keep_as: Optional[str] = None) -> None:
+        """Write the latest checkpoint, once, after a validation if there is one; the best and kept ones are links to it."""
+        best = False
+        if validates and self.val_loader is not None:
+            flow_loss = self.validate()["val/flow_loss"]
+            best, self.best_val_loss = flow_loss < self.best_val_loss, min(flow_loss, self.best_val_loss)
+        self.save_checkpoint()
+        for name in [BEST] * best + [keep_as] * (keep_as is not None):
+            link_checkpoint(self.run_dir / "checkpoints" / LATEST, self.run_dir / "checkpoints" / name)
+
+    def _check_finite(self, loss: torch.Tensor) -> None:
+        if not math.isfinite(float(loss)):
+            raise UserError(
+                f"the loss is {float(loss)} at step {self.global_step}: the checkpoints in {self.run_dir / 'checkpoints'} are "
+                "from before; continue from one of them with a smaller learning rate"
+            )
+
+    def _note_broken(self, batch, broken_files: BrokenFiles) -> None:
+        if isinstance(batch, dict) and batch.get("broken"):
+            try:
+                broken_files.add(batch["broken"])
+            except TooManyBrokenFiles:
                 self.save_checkpoint()
-                if end_of_epoch and config.save_every and (epoch + 1) % config.save_every == 0:
-                    self._keep_checkpoint(f"epoch_{epoch + 1:04d}.pt")
+                raise
 
     def _log_step(self, means: dict, grad_norm: torch.Tensor, lr: float, epoch: int, progress: tqdm) -> None:
         """The one place of a step that waits for the device."""
         if not self.use_repa:
             means = {name: value for name, value in means.items() if name != "repa_loss"}
         metrics = {f"train/{name}": float(value) for name, value in means.items()}
+        self._check_finite(means["loss"])
         seconds = time.perf_counter() - self._clock
         metrics.update({
             "train/lr": lr,
@@ -376,9 +411,8 @@ class FlexTokTrainer:
         self._clock += time.perf_counter() - start
 
     def _finish(self) -> None:
-        if self.val_loader is not None and self.global_step % self.steps_per_epoch:
-            self.validate()  # the last step was not the end of an epoch
-        self.save_checkpoint()
+        if self.global_step % self.steps_per_epoch:  # the last step was not the end of an epoch
+            self._validate_and_save()
         self.visualize()
         self.export()
         self.metrics_log.file.flush()
@@ -396,23 +430,28 @@ class FlexTokTrainer:
             return {}
         sums: Dict[str, torch.Tensor] = {}
         n = 0
-        with self._averaged_weights(), evaluating(self.model):
-            for i, batch in enumerate(self.val_loader):
-                if self.config.max_val_batches is not None and i >= self.config.max_val_batches:
-                    break
+        total = len(self.val_loader.dataset)
+        if self.config.max_val_batches is not None:
+            total = min(total, self.config.max_val_batches * (self.config.val_batch_size or self.config.batch_size))
+        with self._averaged_weights(), evaluating(self.model), self._uncompiled():
+            for batch in self._val_batches():
                 size = len(batch_images(batch))
                 positions = torch.arange(n, n + size, device=self.device)
-                random = BatchRandom(VALIDATION_SEED, -1, positions, len(self.val_loader.dataset))
+                random = BatchRandom(VALIDATION_SEED, -1, positions, total)
                 for name, value in self.compute_loss(batch, random).items():
                     sums[name] = sums.get(name, 0.0) + value * size
                 n += size
+                self._note_broken(batch, self.broken_val_files)
         metrics = {f"val/{name}": float(value) / n for name, value in sums.items() if name != "repa_loss" or self.use_repa}
         self._write_metrics(metrics)
-        if metrics["val/flow_loss"] < self.best_val_loss:
-            self.best_val_loss = metrics["val/flow_loss"]
-            self.save_checkpoint()
-            self._keep_checkpoint(BEST)
         return metrics
+
+    def _val_batches(self) -> Iterator:
+        return itertools.islice(self.val_loader, self.config.max_val_batches)
+
+    def _uncompiled(self):
+        """Validation and pictures come in shapes and modes of their own, each of which would be compiled anew."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
 
     @torch.no_grad()
     def _log_constant_losses(self) -> None:
@@ -421,6 +460,7 @@ class FlexTokTrainer:
             return
         from flextok.model.utils.repa_loss import constant_prediction_loss, normalised_target_sum
 
+        log.info("measuring what a constant prediction scores (repa_constant_images: %d)", self.config.repa_constant_images)
         dataset = self.train_loader.dataset
         stride = max(1, len(dataset) // self.config.repa_constant_images)
         subset = torch.utils.data.Subset(dataset, range(0, len(dataset), stride))
@@ -433,7 +473,7 @@ class FlexTokTrainer:
         self.constant_losses = {"train/repa_loss_constant": -float(mean.norm())}
         if self.val_loader is not None:
             val_total, n = 0.0, 0
-            for batch in self.val_loader:
+            for batch in self._val_batches():
                 target = self.repa_module.target_features(batch_images(batch).to(self.device))
                 val_total += float(constant_prediction_loss(mean, target)) * len(target)
                 n += len(target)
@@ -450,7 +490,7 @@ class FlexTokTrainer:
         model, vae, config = self.model, self.model.vae, self.config
         counts = sorted({min(k, model.n_registers) for k in config.vis_token_counts})
         random = BatchRandom(VALIDATION_SEED, -2, torch.arange(n, device=self.device))
-        with self._averaged_weights(), evaluating(model), self.autocast():
+        with self._averaged_weights(), evaluating(model), self._uncompiled(), self.autocast():
             encoded = model.encode({vae.images_read_key: images, RANDOM_KEY: random})
             latents = encoded[vae.vae_latents_write_key]
             columns = [vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key]]
@@ -493,7 +533,7 @@ class FlexTokTrainer:
                 "best_val_loss": self.best_val_loss,
                 "constant_losses": self.constant_losses,
                 "config": self.config.to_dict(),
-                "data": self._data_identity(),
+                "data": self.data_identity,
                 "random_state": torch.get_rng_state(),
                 "wandb_id": self.wandb_id,
             },
@@ -501,34 +541,46 @@ class FlexTokTrainer:
         )
         return path
 
-    def _keep_checkpoint(self, name: str) -> None:
-        folder = self.run_dir / "checkpoints"
-        link_checkpoint(folder / LATEST, folder / name)
-
     def load_checkpoint(self, path: Union[str, Path]) -> None:
         """Continue from a checkpoint: weights, optimizer, schedule, averages and place in the data.
 
+        Learning rates and other settings of the optimizer and the schedule are those of the config given now; what
+        differs from the checkpoint's is logged.
+
         Raises:
-            FileNotFoundError, CheckpointError: Not there, unreadable, or of another model, optimizer or dataset.
+            FileNotFoundError, CheckpointError: Not there, unreadable, or of another model, optimizer, seed or dataset.
         """
         checkpoint = read_checkpoint(Path(path))
-        if checkpoint["data"] != self._data_identity():
+        missing = {"data", "config", "global_step", "optimizer_state_dict", "repa_module_state_dict"} - checkpoint.keys()
+        if missing:
+            raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}, so it cannot be continued")
+        if checkpoint["data"] != self.data_identity:
             raise CheckpointError(
-                f"{path} was trained on other data ({checkpoint['data']}; now {self._data_identity()}), so it cannot be "
+                f"{path} was trained on other data ({checkpoint['data']}; now {self.data_identity}), so it cannot be "
                 "continued: restore the data and its settings, or start a new run with model_name set to the run's export"
             )
+        now, then = self.config.to_dict(), checkpoint["config"]
+        for key in ("seed", "optimizer", "batch_size", "gradient_accumulation_steps"):
+            if now[key] != then.get(key):
+                raise CheckpointError(f"{path} was trained with {key} {then.get(key)}, now it is {now[key]}: set it back to continue")
+        for key in now:
+            if now[key] != then.get(key):
+                log.info("resume: %s was %s and is now %s", key, then.get(key), now[key])
         if self.use_repa != (checkpoint["repa_module_state_dict"] is not None):
             was = "with" if checkpoint["repa_module_state_dict"] is not None else "without"
             raise CheckpointError(f"{path} was trained {was} REPA: set use_repa accordingly, or start a new run from its export")
         load_weights(self.model, checkpoint["model_state_dict"], str(path))
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         except ValueError as error:
-            raise CheckpointError(f"{path} was trained with other parameters or another optimizer: {error}") from error
-        self.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
-            group["lr"] = lr
-        self.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+            raise CheckpointError(f"{path} was trained with other parameters: {error}") from error
+        base_lrs = self.scheduler.base_lrs
+        self.scheduler.load_state_dict({**checkpoint["scheduler_state_dict"], "base_lrs": base_lrs})
+        for group, setting, base_lr, course in zip(self.optimizer.param_groups, settings, base_lrs, self.scheduler.lr_lambdas):
+            group.update(setting, lr=base_lr * course(self.scheduler.last_epoch))
+        if checkpoint["scaler_state_dict"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler_state_dict"])
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["ema_model_state_dict"] or checkpoint["model_state_dict"])
         if self.use_repa:
@@ -536,7 +588,7 @@ class FlexTokTrainer:
         self.global_step = checkpoint["global_step"]
         self.best_val_loss = checkpoint["best_val_loss"]
         self.constant_losses = checkpoint["constant_losses"]
-        self.wandb_id = checkpoint["wandb_id"]
+        self.wandb_id = checkpoint.get("wandb_id")
         torch.set_rng_state(checkpoint["random_state"])
 
     def _data_identity(self) -> Dict[str, Union[str, int]]:
@@ -554,8 +606,9 @@ class FlexTokTrainer:
     # ------------------------------------------------------------------------------------------------------ logging
 
     def _open_log(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         config = self.config
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_config(self.run_dir, config)
         settings = None
         if config.use_wandb:
             settings = dict(
@@ -577,7 +630,7 @@ def batch_images(batch) -> torch.Tensor:
     """The images [B, 3, H, W] of a batch: a dict with `image`, a tuple that begins with them, or the tensor itself."""
     if isinstance(batch, dict):
         batch = batch["image"]
-    elif isinstance(batch, (list, tuple)):
+    elif isinstance(batch, (list, tuple)) and not (len(batch) > 1 and getattr(batch[1], "ndim", 0) == 4):
         batch = batch[0]
     if not isinstance(batch, torch.Tensor) or batch.ndim != 4 or batch.shape[1] != 3:
         given = list(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
@@ -587,7 +640,7 @@ def batch_images(batch) -> torch.Tensor:
 
 def plain_batches(dataset, batch_size: int, num_workers: int) -> Iterator[torch.Tensor]:
     """Images of a dataset in order and without augmentation, [B, 3, H, W]."""
-    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=lambda items: items)
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
     for items in loader:
         yield torch.stack([item["image"] if isinstance(item, dict) else item[0] if isinstance(item, (list, tuple)) else item
                            for item in items])  # fmt: skip
@@ -608,7 +661,9 @@ def run_name(config: TrainConfig) -> str:
 
 
 def default_run_dir(config: TrainConfig) -> Path:
-    return Path(config.checkpoint_dir) / f"{run_name(config)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(config.checkpoint_dir) / f"{run_name(config)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    candidates = (folder if i == 1 else folder.with_name(f"{folder.name}-{i}") for i in itertools.count(1))
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 # ---------------------------------------------------------------------------------------------------------- start-up
@@ -624,7 +679,10 @@ def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torc
     if model is None:
         lines.append(("model", f"{name}: size known once its config is fetched from the Hub"))
     else:
-        encoder, decoder = (part.module_dict[f"{prefix}_transformer"] for part, prefix in ((model.encoder, "enc"), (model.decoder, "dec")))
+        encoder, decoder = (
+            next(module for module in part.modules() if isinstance(module, FlexTransformer))
+            for part in (model.encoder, model.decoder)
+        )
         levels = config.fsq_levels or model.regularizer.levels
         lines.append(("model", f"{name}: encoder {encoder.depth} x {encoder.dim}, decoder {decoder.depth} x {decoder.dim}, "
                                f"{model.n_registers} tokens of {math.prod(levels)} codes"))  # fmt: skip
@@ -636,12 +694,15 @@ def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torc
         lines.append(("parameters", ", ".join(parts)))
     if config.use_repa:
         from flextok.model.utils.repa_encoders import known_encoders
+        from flextok.model.utils.repa_loss import projector_parameters
 
         facts = known_encoders()[config.repa_encoder_type]
         size = config.repa_image_size or facts.image_size
         grid = "x".join(str(n) for n in config.repa_target_size)
-        lines.append(("REPA", f"{config.repa_encoder_type} ({millions(facts.parameters)} frozen) at {size} px, "
-                              f"compared on {grid} x {facts.dim}, weight {config.repa_weight:g}"))  # fmt: skip
+        text = f"{config.repa_encoder_type} ({millions(facts.parameters)} frozen) at {size} px, compared on {grid} x {facts.dim}"
+        if model is not None:
+            text += f", projector {millions(projector_parameters(decoder.dim, facts.dim))} trained"
+        lines.append(("REPA", f"{text}, weight {config.repa_weight:g}"))
     else:
         lines.append(("REPA", "off"))
     n_val = len(val_dataset) if val_dataset is not None else 0
@@ -664,24 +725,29 @@ def main(arguments: argparse.Namespace) -> None:
         config.wandb_run_name = Path(arguments.config).stem
     if arguments.max_steps is not None and arguments.max_steps < 1:
         raise ConfigError(f"--max-steps is {arguments.max_steps}, expected at least 1")
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"--device is {name!r}, expected cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"--device is {device}, but PyTorch sees no CUDA device here: use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"--device is {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices: use --device cpu")
+        torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
 
     run_dir = Path(arguments.run_dir) if arguments.run_dir is not None else None
     resume = arguments.resume or config.resume
     checkpoint = None
     if resume is not None:
-        checkpoint = find_checkpoint(resume, run_dir, Path(config.checkpoint_dir), run_name(config))
+        checkpoint = find_checkpoint(resume, run_dir, Path(config.checkpoint_dir), run_name(config), config.use_repa)
         if checkpoint is None:
             log.info("resume: %s finds no checkpoint, this is a new run", resume)
         elif run_dir is None and checkpoint.parent.name == "checkpoints":
             run_dir = checkpoint.parent.parent
     if run_dir is None:
         run_dir = default_run_dir(config)
-    if checkpoint is None and (run_dir / "metrics.jsonl").exists():
+    begun = (run_dir / "metrics.jsonl").exists() and (resume is None or any((run_dir / "checkpoints").glob("*.pt")))
+    if begun and (checkpoint is None or checkpoint.resolve().parent.parent != run_dir.resolve()):
         raise ConfigError(f"--run-dir {run_dir} holds a run already: continue it with --resume latest, or name another folder")
 
     if config.use_repa:
@@ -693,8 +759,10 @@ def main(arguments: argparse.Namespace) -> None:
         if model_config is not None:
             model_config["vae"].pop("hf_hub_path", None)
             skeleton = FlexTokFromHub(model_config)
-    if skeleton is not None and config.use_repa:
-        check_repa_model(skeleton)
+    if skeleton is not None:
+        check_image_size(skeleton, config.img_size)
+        if config.use_repa:
+            check_repa_model(skeleton)
     print(summary(config, skeleton, train_dataset, val_dataset, device, run_dir, checkpoint), flush=True)
     if arguments.check:
         return

@@ -99,8 +99,11 @@ class FlexTok(nn.Module):
             return self.vae.decode(data_dict)
 
     def autoencode(self, data_dict: dict, **decode_arguments) -> dict:
-        """Encode and decode; arguments as those of `decode`."""
-        return self.decode(self.encode(data_dict), **decode_arguments)
+        """Encode and decode to images of the same sizes; arguments as those of `decode`."""
+        data_dict = self.encode(data_dict)
+        latents = data_dict[self.vae.vae_latents_write_key]
+        decode_arguments.setdefault("vae_image_sizes", [tuple(image.shape[-2:]) for image in latents])
+        return self.decode(data_dict, **decode_arguments)
 
     @torch.no_grad()
     def tokenize(self, images: Union[torch.Tensor, Sequence[torch.Tensor]]) -> List[torch.Tensor]:

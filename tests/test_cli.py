@@ -79,6 +79,9 @@ def test_check_knows_the_published_model_without_network(tmp_path):
         ({"model": {"preset": "d12-d12", "vae_hub_path": None}}, "frozen VAE of random weights is of no use"),
         ({"model": {"preset": "d12-d13"}}, "there is no preset 'd12-d13' (did you mean 'd12-d12'?)"),
         ({"model": {"encoder_depth": "four"}}, "model: "),
+        ({"model": {**settings()["model"], "img_size": 16}}, "img_size 32 does not fit the model"),
+        ({"model": {**settings()["model"], "repa_layers": [0, 1]}}, "REPA takes one"),
+        ({"model": {**settings()["model"], "fsq_levels": 5}}, "model: "),
         ({"img_size": 36}, "img_size is 36, expected a multiple of 8"),
         ({"dataset_name": "folder", "data_path": "/nowhere"}, "/nowhere"),
         ({"model": None, "model_name": "./nowhere"}, "there is no file or folder ./nowhere"),
@@ -94,6 +97,7 @@ def test_bad_settings_are_refused_before_any_work(tmp_path, changes, message):
     "arguments, message",
     [
         (["--device", "cuda"], "use --device cpu"),
+        (["--device", "gpu"], "--device is 'gpu', expected cpu, cuda or cuda:N"),
         (["--max-steps", "0"], "--max-steps is 0"),
         (["--resume", "nowhere.pt"], "there is no checkpoint at nowhere.pt"),
         (["--set", "batch_size=many"], "batch_size is 'many'"),

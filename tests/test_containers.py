@@ -353,3 +353,10 @@ def test_draws_for_another_number_of_images_are_refused(model):
 def test_images_larger_than_the_positional_table_are_refused_with_both_sizes(model):
     with pytest.raises(ValueError, match=r"\[4, 4\].*\[5, 5\]"):
         model.encode({"rgb": make_images(1, 40, 40)})
+
+
+def test_autoencode_returns_images_of_the_sizes_it_got(model, mixed_images):
+    out = model.autoencode({"rgb": list(mixed_images)}, timesteps=1)["rgb_reconst"]
+    assert [image.shape for image in out] == [image.shape for image in mixed_images]
+    for image in mixed_images:
+        assert model.autoencode({"rgb": image}, timesteps=1)["rgb_reconst"].shape == image.shape

@@ -540,7 +540,7 @@ def test_photo_crops_are_fixed_by_their_seed():
     first = PhotoCrops("train", 16, 20)
     torch.manual_seed(1)
     second, longer = PhotoCrops("train", 16, 20), PhotoCrops("train", 16, 30)
-    other = PhotoCrops("train", 16, 20, seed=1)
+    other = PhotoCrops("train", 16, 20, window_seed=1)
     assert first.names == second.names == longer.names[:20] and (first.crops == second.crops).all()
     assert first.identity() == second.identity()
     val = PhotoCrops("val", 16, 20)

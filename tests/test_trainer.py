@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_flextok
 from flextok import FlexTokFromHub
-from flextok.training.config import TrainConfig
+from flextok.training.config import TrainConfig, load_config
 from flextok.training.models import load_model
 from flextok.utils.checkpoint import CheckpointError
 from flextok.utils.config import ConfigError
+from flextok.utils.errors import UserError
 from flextok.utils.random import RANDOM_KEY, BatchRandom
 
 
@@ -345,6 +346,41 @@ def test_validation_repeats_exactly_and_does_not_depend_on_batch_size_or_seed():
     assert set(first) == {"val/loss", "val/flow_loss", "val/repa_loss"}
 
 
+def test_limited_validation_covers_the_same_images_as_its_constant_and_all_noise_levels():
+    model = settings()["model"] | {"stratified_sigmas": True}
+    trainer = make_trainer(model=model, photos_val_crops=20, max_val_batches=2, val_batch_size=4)
+    seen, sigmas = [], []
+    target_features, forward = trainer.repa_module.target_features, trainer.model.decoder.forward
+    trainer.repa_module.target_features = lambda images: seen.append(images) or target_features(images)
+    trainer.model.decoder.forward = lambda data: sigmas.append(data["sigmas"]) or forward(data)
+    trainer.validate()
+    validated = torch.cat(seen)
+    assert len(validated) == 8
+    bins = (torch.cat(sigmas).sort(descending=True).values * 8).tolist()
+    assert max(bins) > 6 and min(bins) < 2
+    seen.clear()
+    trainer._log_constant_losses()
+    assert torch.equal(torch.cat(seen)[-8:], validated)
+
+
+def test_validation_images_do_not_depend_on_the_seed():
+    names = [make_trainer(seed=seed).val_loader.dataset.names for seed in (0, 1)]
+    assert names[0] == names[1]
+
+
+def test_a_run_without_validation_images_trains(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=1, photos_val_crops=0)
+    assert not any("val/loss" in record for record in read_metrics(tmp_path / "run"))
+
+
+def test_validating_by_hand_writes_no_checkpoint_also_after_training(tmp_path):
+    trainer = make_trainer(tmp_path, use_repa=False)
+    trainer.validate()
+    assert not (tmp_path / "checkpoints").exists()
+    trainer.train(max_steps=1)
+    assert trainer.validate()["val/flow_loss"] > 0
+
+
 def test_validation_trains_nothing_and_restores_training_mode(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.model.train()
@@ -475,9 +511,70 @@ def test_a_run_folder_in_use_is_not_overwritten(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again_by_the_same_command(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "train/loss": 7.0}\n')
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=2, resume="latest", use_repa=False)
+    records = [r for r in read_metrics(tmp_path / "run") if "train/loss" in r]
+    assert [r["step"] for r in records] == [1, 2] and records[0]["train/loss"] != 7.0
+
+
+def test_one_run_is_not_continued_in_the_folder_of_another(tmp_path):
+    for name in ("a", "b"):
+        run_main(tmp_path, run_dir=tmp_path / name, max_steps=1, use_repa=False)
+    before = (tmp_path / "a" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run_main(tmp_path, run_dir=tmp_path / "a", resume=str(tmp_path / "b"), use_repa=False)
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == before
+
+
+def test_latest_is_of_the_same_arm_with_or_without_repa(tmp_path):
+    run_main(tmp_path, max_steps=1, use_repa=False)
+    run_main(tmp_path, max_steps=1, use_repa=True, resume="latest")
+    run_main(tmp_path, max_steps=2, use_repa=False, resume="latest")
+    steps = [read_latest(run)["global_step"] for run in sorted((tmp_path / "runs").iterdir())]
+    assert steps == [2, 1]
+
+
+def test_a_run_started_in_the_same_second_gets_a_folder_of_its_own(tmp_path):
+    config = TrainConfig.from_dict(settings(checkpoint_dir=str(tmp_path)))
+    first = train_flextok.default_run_dir(config)
+    first.mkdir()
+    assert train_flextok.default_run_dir(config) != first
+
+
+def test_the_run_folder_holds_the_config_in_force(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=1, overrides=["use_repa=false", "learning_rate=3e-4"])
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert config.learning_rate == 3e-4 and config.use_repa is False and config.model == settings()["model"]
+
+
+def test_settings_changed_at_a_resume_are_in_force_and_named(tmp_path, caplog):
+    path = make_trainer(tmp_path).save_checkpoint()
+    trainer = make_trainer(tmp_path, learning_rate=4e-4, weight_decay=0.5, warmup_steps=0)
+    with caplog.at_level("INFO", "flextok"):
+        trainer.load_checkpoint(path)
+    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
+    assert groups["decoder"]["lr"] == 4e-4 and groups["decoder"]["weight_decay"] == 0.5
+    assert "weight_decay was 0.01 and is now 0.5" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, use_repa=False, save_every_steps=1)
+    trainer.train(max_steps=2)
+    before = (tmp_path / "checkpoints" / "latest.pt").read_bytes()
+    with torch.no_grad():
+        next(trainer.model.decoder.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="the loss is nan at step 3"):
+        trainer.train(max_steps=4)
+    assert (tmp_path / "checkpoints" / "latest.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"seed": 1}, "trained with seed 0, now it is 1"),
+        ({"optimizer": "adam"}, "trained with optimizer adamw"),
         ({"photos_train_crops": 20}, "trained on other data"),
         ({"use_repa": False}, "trained with REPA"),
         ({"train_encoder": False}, "other parameters"),

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from flextok.utils.errors import UserError
 from flextok.utils.random import generator, uniform_number
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,10 @@ CELEBAHQ_SIZE = 30_000
 
 # An image by its index, or (index, optimizer step, position in the global batch of that step).
 Item = Union[int, tuple[int, int, int]]
+
+
+class NoReadableImage(UserError, RuntimeError):
+    """A dataset of which no file can be read."""
 
 
 class BrokenImage(Exception):
@@ -304,7 +309,7 @@ class ImageFolderDataset(Dataset):
             except BrokenImage as error:
                 broken.append(self.paths[index])
                 last_error = error
-        raise RuntimeError(
+        raise NoReadableImage(
             f"none of the {len(self)} images of the dataset can be read (last: {last_error}): "
             "check that data_path is still there and holds images"
         )

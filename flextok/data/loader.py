@@ -14,6 +14,8 @@ from flextok.utils.random import generator
 
 logger = logging.getLogger(__name__)
 
+SPLIT_SEED = 0  # which images validate does not depend on the run's seed, so that runs of several seeds compare
+
 
 class GlobalBatchSampler(Sampler):
     """Batch sampler that gives every image of an epoch an address: (optimizer step, position in its global batch).
@@ -161,7 +163,7 @@ def build_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
         train = PhotoCrops(
             "train", config.img_size, config.photos_train_crops, flip=config.use_augmentation, seed=config.seed
         )
-        return train, PhotoCrops("val", config.img_size, config.photos_val_crops, seed=config.seed)
+        return train, PhotoCrops("val", config.img_size, config.photos_val_crops) if config.photos_val_crops else None
 
     if not config.data_path:
         raise ValueError(
@@ -169,7 +171,7 @@ def build_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
             "folder that holds your images, or dataset_name to photos"
         )
     paths = list_images(config.data_path)
-    train_paths, val_paths, _ = split_paths(paths, config.dataset_name, config.val_fraction, config.seed)
+    train_paths, val_paths, _ = split_paths(paths, config.dataset_name, config.val_fraction, SPLIT_SEED)
     train = ImageFolderDataset(
         train_paths, config.img_size, flip=config.use_augmentation, random_crop=config.random_crop, seed=config.seed
     )

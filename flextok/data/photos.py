@@ -65,7 +65,7 @@ class PhotoCrops(Dataset):
 
     The photographs take turns. The side of a window is uniform between `img_size` and `MAX_ZOOM * img_size`, its place
     uniform in the split's part of the photograph; where that part is narrower, its width is the limit, and a
-    smaller window than `img_size` is scaled up. The windows follow from (split, img_size, seed) alone, and the first n
+    smaller window than `img_size` is scaled up. The windows follow from (split, img_size, window_seed) alone, and the first n
     of a larger set are the set of n.
 
     Items and their dicts are those of `ImageFolderDataset`; `index` is always the one asked for, `broken` is empty.
@@ -76,10 +76,13 @@ class PhotoCrops(Dataset):
         img_size: Side of the result in pixels.
         n_crops: Number of windows.
         flip: Mirror every other image, by address.
-        seed: The run's seed.
+        seed: Seed of the flips.
+        window_seed: Seed of the windows.
     """
 
-    def __init__(self, split: str, img_size: int, n_crops: int, flip: bool = False, seed: int = 0):
+    def __init__(
+        self, split: str, img_size: int, n_crops: int, flip: bool = False, seed: int = 0, window_seed: int = 0
+    ):
         if split not in ("train", "val"):
             raise ValueError(f"split is {split!r}: expected 'train' or 'val'")
         if img_size < 1 or n_crops < 1:
@@ -94,7 +97,7 @@ class PhotoCrops(Dataset):
             limit = min(right - left, photo.height)
             smallest, largest = min(img_size, limit), min(MAX_ZOOM * img_size, limit)
 
-            u_side, u_x, u_y = (uniform_number(seed, f"photos {split} {what}", 0, i) for what in ("side", "x", "y"))
+            u_side, u_x, u_y = (uniform_number(window_seed, f"photos {split} {what}", 0, i) for what in ("side", "x", "y"))
             side = smallest + int(u_side * (largest - smallest + 1))
             x = left + int(u_x * (right - left - side + 1))
             y = int(u_y * (photo.height - side + 1))

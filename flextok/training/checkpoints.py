@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Optional
 
 import torch
+import yaml
 
 from ..utils.checkpoint import CheckpointError
 
 LATEST, BEST = "latest.pt", "best.pt"
+CONFIG_FILE = "config.yaml"  # the settings in force, in the run folder
 
 
 def write_atomically(path: Path, write) -> None:
@@ -71,20 +73,25 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def find_checkpoint(resume: str, run_dir: Optional[Path], checkpoint_dir: Path, run_name: str) -> Optional[Path]:
+def find_checkpoint(
+    resume: str, run_dir: Optional[Path], checkpoint_dir: Path, run_name: str, use_repa: bool
+) -> Optional[Path]:
     """The checkpoint file that `resume` means: `latest`, a run folder, or a file.
 
-    `latest` is that of `run_dir` if given, else of the newest run of this name under `checkpoint_dir`; None if there is
-    none yet, so that the same command line starts a run and continues it.
+    `latest` is that of `run_dir` if given, else of the newest run of this name under `checkpoint_dir` that was trained
+    with (or without) REPA as this one is; None if there is none yet, so that the same command line starts a run and
+    continues it.
 
     Raises:
         FileNotFoundError: A path that does not exist, or a folder without a checkpoint.
     """
     if resume == "latest":
-        folders = [run_dir] if run_dir is not None else list(checkpoint_dir.glob(f"{glob.escape(run_name)}-[0-9]*-[0-9]*"))
+        folders = [run_dir] if run_dir is not None else checkpoint_dir.glob(f"{glob.escape(run_name)}-[0-9]*-[0-9]*")
+        if run_dir is None:
+            folders = [folder for folder in folders if _trained_with_repa(folder) in (None, use_repa)]
         files = [folder / "checkpoints" / LATEST for folder in folders]
         return max((file for file in files if file.is_file()), key=lambda file: file.stat().st_mtime, default=None)
-    path = Path(resume)
+    path = Path(resume).expanduser()
     if path.is_dir():
         for candidate in (path / "checkpoints" / LATEST, path / LATEST):
             if candidate.is_file():
@@ -93,6 +100,14 @@ def find_checkpoint(resume: str, run_dir: Optional[Path], checkpoint_dir: Path, 
     if not path.is_file():
         raise FileNotFoundError(f"resume: there is no checkpoint at {path}; give a file, a run folder, or `latest`")
     return path
+
+
+def _trained_with_repa(run_dir: Path) -> Optional[bool]:
+    """`use_repa` of a run folder; None if it does not say."""
+    try:
+        return yaml.safe_load((run_dir / CONFIG_FILE).read_text()).get("use_repa")
+    except (OSError, yaml.YAMLError, AttributeError):
+        return None
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional, Union
 import yaml
 
 from ..utils.config import ConfigError, nearest
+from .checkpoints import CONFIG_FILE, write_atomically
 
 
 SPECIAL_DATASETS = ("celebahq", "photos")  # any other name is a folder of images
@@ -47,7 +48,7 @@ class TrainConfig:
     )
     vae_kl_weight: float = setting(1e-6, "Weight of the KL divergence (nats per image) in the VAE's loss.", minimum=0)
     gradient_checkpointing: bool = setting(
-        False, "Recompute activations in the backward pass: less memory, about a third more time, the same numbers."
+        False, "Recompute activations in the backward pass: less memory for one more forward pass, the same numbers."
     )
     compile: bool = setting(False, "Run encoder and decoder through torch.compile.")
 
@@ -150,6 +151,9 @@ class TrainConfig:
         self._check_together()
 
     def _check_together(self) -> None:
+        for key in ("model_name", "data_path", "checkpoint_dir", "resume", "repa_encoder_repo", "repa_encoder_weights"):
+            if (getattr(self, key) or "").startswith("~"):
+                setattr(self, key, str(Path(getattr(self, key)).expanduser()))
         if len(self.betas) != 2 or max(self.betas) >= 1:
             raise ConfigError(f"betas is {self.betas}, expected two numbers below 1, e.g. [0.9, 0.99]")
         if len(self.repa_target_size) != 2:
@@ -334,6 +338,12 @@ def load_config(path: Union[str, Path], overrides: typing.Sequence[str] = ()) ->
             target = target[parent]
         target[key] = parse_yaml(text)
     return TrainConfig.from_dict(values)
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Write the settings in force to `config.yaml` in a folder; load_config reads it."""
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text))
 
 
 def settings_table(names: typing.Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import math
 import netrc
 import os
 import socket
+import urllib.request
 from pathlib import Path
 from typing import Dict, Optional
 from urllib.parse import urlsplit
@@ -22,10 +23,13 @@ def _wandb_mode() -> str:
     url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     if not os.environ.get("WANDB_API_KEY"):
         try:
-            if netrc.netrc().authenticators(url.hostname) is None:
+            if netrc.netrc(os.environ.get("NETRC")).authenticators(url.hostname) is None:
                 return "offline"
         except (OSError, netrc.NetrcParseError):
             return "offline"
+    proxy = urllib.request.getproxies().get(url.scheme)
+    if proxy is not None:
+        url = urlsplit(proxy)
     try:
         socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
     except OSError:

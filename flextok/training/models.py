@@ -13,7 +13,8 @@ from ..flextok_wrapper import CONFIG_NAME, WEIGHTS_NAME, FlexTokFromHub, flat_co
 from ..model.builder import PRESETS, build_config, preset_config, with_fsq_levels
 from ..utils.checkpoint import CheckpointError, build_model, load_safetensors, parse_metadata
 from ..utils.config import ConfigError
-from ..utils.random import address_key
+from ..utils.modules import evaluating
+from ..utils.random import RANDOM_KEY, BatchRandom, address_key
 from .config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def load_model(config: TrainConfig) -> FlexTokFromHub:
         ConfigError, CheckpointError: Nothing there, or it does not fit; the message says what.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(address_key(config.seed, "model") >> 1)
+        torch.default_generator.manual_seed(address_key(config.seed, "model") >> 1)
         if config.model is not None:
             model_config = new_model_config(config)
             if config.fsq_levels is not None:
@@ -116,6 +117,21 @@ def _fetch(model_name: str) -> "tuple[dict, dict]":
     return flat_config(header), tensors
 
 
+def check_image_size(model: nn.Module, img_size: int) -> None:
+    """Raise ConfigError unless the model takes square images of this size; `model` is on the meta device."""
+    factor = model.vae.downsample_factor
+    if img_size % factor:
+        raise ConfigError(f"img_size is {img_size}, expected a multiple of {factor}, the VAE's pixels per latent")
+    with torch.device("meta"), torch.no_grad(), evaluating(model):
+        latents = torch.empty(1, model.vae.latent_channels, img_size // factor, img_size // factor)
+        draws = BatchRandom(0, 0, torch.zeros(1, dtype=torch.long))
+        data_dict = {model.vae.vae_latents_write_key: latents, RANDOM_KEY: draws}
+        try:
+            model.decoder(model.flow_matching_noise_module(model.regularizer(model.encoder(data_dict))))
+        except ValueError as error:
+            raise ConfigError(f"img_size {img_size} does not fit the model: {error}") from error
+
+
 def check_repa_model(model: nn.Module) -> None:
     """Raise ConfigError unless the decoder keeps an activation for REPA and can unpack it."""
     modules = model.decoder.module_dict
@@ -128,6 +144,8 @@ def check_repa_model(model: nn.Module) -> None:
             "use_repa is true, but dec_transformer keeps no intermediate layer: its config needs "
             "intermediate_layer_write_key: dec_packed_seq_repa_layer and intermediate_layers: [1]"
         )
+    if len(transformer.intermediate_layers) > 1:
+        raise ConfigError(f"use_repa is true, but dec_transformer keeps layers {transformer.intermediate_layers}: REPA takes one")
 
 
 def check_repa_settings(config: TrainConfig) -> None:
@@ -140,5 +158,5 @@ def check_repa_settings(config: TrainConfig) -> None:
         raise ConfigError(str(error)) from error
     for key in ("repa_encoder_repo", "repa_encoder_weights"):
         path = getattr(config, key)
-        if path is not None and not Path(path).exists():
+        if path is not None and not Path(path).expanduser().exists():
             raise ConfigError(f"{key}: there is nothing at {path}")

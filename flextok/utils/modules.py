@@ -17,6 +17,6 @@ def evaluating(model: nn.Module):
             module.training = training
 
 
-def count_parameters(module: nn.Module, trained_only: bool = False) -> int:
-    """Number of scalar parameters, frozen ones included unless `trained_only`."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
+def count_parameters(module: nn.Module) -> int:
+    """Number of scalar parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in module.parameters())

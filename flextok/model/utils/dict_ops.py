@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from ...utils.batching import dense_batches
+from ...utils.random import RANDOM_KEY
 
 
 def channels_first_to_last(x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,7 @@ class DictKeyFilter(nn.Module):
     def forward(self, data_dict: dict) -> dict:
         for key in list(data_dict):
             keep = key in self.allowed_keys if self.allowed_keys is not None else key not in self.blocked_keys
-            if not keep:
+            if not keep and key != RANDOM_KEY:
                 del data_dict[key]
         return data_dict
 

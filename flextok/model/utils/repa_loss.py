@@ -64,6 +64,12 @@ class REPAProjector(nn.Module):
         return self.layers(features)
 
 
+def projector_parameters(decoder_dim: int, encoder_dim: int) -> int:
+    """Number of parameters of a REPAProjector; builds none."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in REPAProjector(decoder_dim, encoder_dim).parameters())
+
+
 class REPAModule(nn.Module):
     """The REPA loss: a frozen encoder that gives targets, and the trained projector.
 
