@@ -353,8 +353,7 @@ class FlexTokTrainer:
                 self._validate_and_save(validates, f"epoch_{epoch + 1:04d}.pt" if keeps else None)
             if config.visualize_every and step % config.visualize_every == 0:
                 self.visualize()
-        for batch in window:
-            self._note_broken(batch, self.broken_files)
+            self._note_broken([path for b in window if isinstance(b, dict) for path in b.get("broken", ())], self.broken_files)
 
     def _validate_and_save(self, validates: bool = True, keep_as: Optional[str] = None) -> None:
         """Write the latest checkpoint, once, after a validation if there is one; the best and kept ones are links to it."""
@@ -373,13 +372,12 @@ class FlexTokTrainer:
                 "from before; continue from one of them with a smaller learning rate"
             )
 
-    def _note_broken(self, batch, broken_files: BrokenFiles) -> None:
-        if isinstance(batch, dict) and batch.get("broken"):
-            try:
-                broken_files.add(batch["broken"])
-            except TooManyBrokenFiles:
-                self.save_checkpoint()
-                raise
+    def _note_broken(self, paths: List[str], broken_files: BrokenFiles) -> None:
+        try:
+            broken_files.add(paths)
+        except TooManyBrokenFiles:
+            self.save_checkpoint()
+            raise
 
     def _log_step(self, means: dict, grad_norm: torch.Tensor, lr: float, epoch: int, progress: tqdm) -> None:
         """The one place of a step that waits for the device."""
@@ -411,8 +409,9 @@ class FlexTokTrainer:
         self._clock += time.perf_counter() - start
 
     def _finish(self) -> None:
-        if self.global_step % self.steps_per_epoch:  # the last step was not the end of an epoch
-            self._validate_and_save()
+        if self.global_step % self.steps_per_epoch:  # stopped in mid-epoch; `best` is left to the ends of epochs
+            self.validate()
+            self.save_checkpoint()
         self.visualize()
         self.export()
         self.metrics_log.file.flush()
@@ -429,7 +428,7 @@ class FlexTokTrainer:
         if self.val_loader is None:
             return {}
         sums: Dict[str, torch.Tensor] = {}
-        n = 0
+        n, broken = 0, []
         total = len(self.val_loader.dataset)
         if self.config.max_val_batches is not None:
             total = min(total, self.config.max_val_batches * (self.config.val_batch_size or self.config.batch_size))
@@ -441,7 +440,8 @@ class FlexTokTrainer:
                 for name, value in self.compute_loss(batch, random).items():
                     sums[name] = sums.get(name, 0.0) + value * size
                 n += size
-                self._note_broken(batch, self.broken_val_files)
+                broken += batch.get("broken", ()) if isinstance(batch, dict) else ()
+        self._note_broken(broken, self.broken_val_files)
         metrics = {f"val/{name}": float(value) / n for name, value in sums.items() if name != "repa_loss" or self.use_repa}
         self._write_metrics(metrics)
         return metrics

@@ -724,6 +724,24 @@ class Tensors(Dataset):
         return self.images[i], i % 2
 
 
+def test_broken_validation_files_are_named_and_too_many_save_the_run_before_they_stop_it(tmp_path, caplog):
+    from PIL import Image
+
+    for i in range(10):
+        Image.new("RGB", (40, 40), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    changes = dict(dataset_name="folder", data_path=str(tmp_path), val_fraction=0.5, use_ema=True, use_repa=False)
+    broken = make_trainer(**changes).val_loader.dataset.paths[:2]
+    for path in broken:
+        path.write_bytes(b"")
+    trainer = make_trainer(tmp_path / "run", **changes)
+    with pytest.raises(UserError, match="more than 1 %"):
+        trainer.train(max_steps=trainer.steps_per_epoch)
+    assert all(path.name in caplog.text for path in broken)
+    checkpoint = read_latest(tmp_path / "run")
+    assert checkpoint["global_step"] == trainer.steps_per_epoch
+    assert same(checkpoint["model_state_dict"], dict(trainer.model.state_dict()))
+
+
 def test_any_loader_of_images_trains_and_resumes_exactly(tmp_path):
     def trainer(run_dir):
         loader = DataLoader(Tensors(10), batch_size=4)
