@@ -14,12 +14,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings (see configs/)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override a setting, e.g. --set use_repa=true; repeatable")  # fmt: skip
-    parser.add_argument("--resume", metavar="PATH|latest", help="continue from a checkpoint, a run folder, or this config's "
-                        "newest run (starts afresh if there is none)")  # fmt: skip
+    parser.add_argument("--resume", metavar="PATH|latest", help="continue from a checkpoint, a run folder, or "
+                        "this config's newest run (starts afresh if there is none)")  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="stop after optimizer step N; schedules stay as they are")
-    parser.add_argument("--check", action="store_true", help="check config and data, print the summary, load no weights")
-    parser.add_argument("--run-dir", metavar="DIR", help="folder of this run (default: by name and date under checkpoint_dir)")
+    parser.add_argument(
+        "--max-steps", type=int, metavar="N", help="stop after optimizer step N; schedules stay as they are"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="check config and data, print the summary, load no weights"
+    )
+    parser.add_argument(
+        "--run-dir", metavar="DIR", help="folder of this run (default: by name and date under checkpoint_dir)"
+    )
     return parser.parse_args()
 
 
@@ -42,15 +48,26 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from flextok.data.loader import BrokenFiles, GlobalBatchSampler, TooManyBrokenFiles, build_datasets, build_loader
+from flextok.data.loader import BrokenFiles, GlobalBatchSampler, TooManyBrokenFiles, build_datasets, build_loaders
 from flextok.flextok_wrapper import FlexTokFromHub
 from flextok.model.trunks.transformers import FlexTransformer
-from flextok.training.checkpoints import BEST, LATEST, find_checkpoint, link_checkpoint, read_checkpoint, save_checkpoint
+from flextok.training.checkpoints import (
+    BEST,
+    LATEST,
+    find_checkpoint,
+    link_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from flextok.training.config import TrainConfig, load_config, write_config
 from flextok.training.ema import EMA
 from flextok.training.logs import MetricsLog
 from flextok.training.models import (
-    check_image_size, check_repa_model, check_repa_settings, known_model_config, load_model,
+    check_image_size,
+    check_repa_model,
+    check_repa_settings,
+    known_model_config,
+    load_model,
 )  # fmt: skip
 from flextok.training.pictures import save_curves, save_grid
 from flextok.utils.checkpoint import CheckpointError, load_weights
@@ -247,7 +264,10 @@ class FlexTokTrainer:
         with self.autocast():
             projected_features = self.repa_module.project(decoder_features)  # [B, encoder_dim, H, W]
         if intermediate_features.shape[0] != target_features.shape[0]:
-            raise ValueError(f"{len(intermediate_features)} images went through the decoder, but {len(target_features)} came for REPA")
+            raise ValueError(
+                f"{len(intermediate_features)} images went through the decoder, but "
+                f"{len(target_features)} came for REPA"
+            )
         return self.repa_module.loss(projected_features, target_features)
 
     def _vae_loss(self, data_dict: dict, images: torch.Tensor) -> torch.Tensor:
@@ -261,8 +281,10 @@ class FlexTokTrainer:
         return loss + self.config.vae_kl_weight * data_dict[vae.vae_kl_loss_write_key]
 
     def _batch_random(self, batch, n: int, offset: int, global_batch_size: int) -> BatchRandom:
-        """Draws of a batch that holds n images of this step's global batch, from `offset` on if it does not say which."""
-        positions = batch["position"] if isinstance(batch, dict) and "position" in batch else torch.arange(offset, offset + n)
+        """Draws of a batch with n images of this step's global batch, from `offset` on if it does not say which."""
+        positions = (
+            batch["position"] if isinstance(batch, dict) and "position" in batch else torch.arange(offset, offset + n)
+        )
         positions = positions.to(self.device, non_blocking=True)
         return BatchRandom(self.config.seed, self.global_step, positions, global_batch_size)
 
@@ -353,10 +375,12 @@ class FlexTokTrainer:
                 self._validate_and_save(validates, f"epoch_{epoch + 1:04d}.pt" if keeps else None)
             if config.visualize_every and step % config.visualize_every == 0:
                 self.visualize()
-            self._note_broken([path for b in window if isinstance(b, dict) for path in b.get("broken", ())], self.broken_files)
+            self._note_broken(
+                [path for b in window if isinstance(b, dict) for path in b.get("broken", ())], self.broken_files
+            )
 
     def _validate_and_save(self, validates: bool = True, keep_as: Optional[str] = None) -> None:
-        """Write the latest checkpoint, once, after a validation if there is one; the best and kept ones are links to it."""
+        """Write the latest checkpoint, after a validation if there is one; the best and kept ones are links to it."""
         best = False
         if validates and self.val_loader is not None:
             flow_loss = self.validate()["val/flow_loss"]
@@ -368,7 +392,8 @@ class FlexTokTrainer:
     def _check_finite(self, loss: torch.Tensor) -> None:
         if not math.isfinite(float(loss)):
             raise UserError(
-                f"the loss is {float(loss)} at step {self.global_step}: the checkpoints in {self.run_dir / 'checkpoints'} are "
+                f"the loss is {float(loss)} at step {self.global_step}: the checkpoints in "
+                f"{self.run_dir / 'checkpoints'} are "
                 "from before; continue from one of them with a smaller learning rate"
             )
 
@@ -442,7 +467,9 @@ class FlexTokTrainer:
                 n += size
                 broken += batch.get("broken", ()) if isinstance(batch, dict) else ()
         self._note_broken(broken, self.broken_val_files)
-        metrics = {f"val/{name}": float(value) / n for name, value in sums.items() if name != "repa_loss" or self.use_repa}
+        metrics = {
+            f"val/{name}": float(value) / n for name, value in sums.items() if name != "repa_loss" or self.use_repa
+        }
         self._write_metrics(metrics)
         return metrics
 
@@ -460,7 +487,9 @@ class FlexTokTrainer:
             return
         from flextok.model.utils.repa_loss import constant_prediction_loss, normalised_target_sum
 
-        log.info("measuring what a constant prediction scores (repa_constant_images: %d)", self.config.repa_constant_images)
+        log.info(
+            "measuring what a constant prediction scores (repa_constant_images: %d)", self.config.repa_constant_images
+        )
         dataset = self.train_loader.dataset
         stride = max(1, len(dataset) // self.config.repa_constant_images)
         subset = torch.utils.data.Subset(dataset, range(0, len(dataset), stride))
@@ -499,7 +528,11 @@ class FlexTokTrainer:
                 data_dict = {
                     model.pipeline.latents_read_key: quants,
                     model.pipeline.noise_read_key: random.normal("picture", latents.shape[1:]),
-                    **{m.eval_keep_k_read_key: [k] * n for m in model.decoder.modules() if hasattr(m, "eval_keep_k_read_key")},
+                    **{
+                        m.eval_keep_k_read_key: [k] * n
+                        for m in model.decoder.modules()
+                        if hasattr(m, "eval_keep_k_read_key")
+                    },
                 }
                 data_dict = model.decode(
                     data_dict, timesteps=config.inference_steps, guidance_scale=config.guidance_scale,
@@ -551,24 +584,35 @@ class FlexTokTrainer:
             FileNotFoundError, CheckpointError: Not there, unreadable, or of another model, optimizer, seed or dataset.
         """
         checkpoint = read_checkpoint(Path(path))
-        missing = {"data", "config", "global_step", "optimizer_state_dict", "repa_module_state_dict"} - checkpoint.keys()
+        missing = {
+            "data",
+            "config",
+            "global_step",
+            "optimizer_state_dict",
+            "repa_module_state_dict",
+        } - checkpoint.keys()
         if missing:
             raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}, so it cannot be continued")
         if checkpoint["data"] != self.data_identity:
             raise CheckpointError(
                 f"{path} was trained on other data ({checkpoint['data']}; now {self.data_identity}), so it cannot be "
-                "continued: restore the data and its settings, or start a new run with model_name set to the run's export"
+                "continued: restore the data and its settings, or start a new run with model_name set to "
+                "the run's export"
             )
         now, then = self.config.to_dict(), checkpoint["config"]
         for key in ("seed", "optimizer", "batch_size", "gradient_accumulation_steps"):
             if now[key] != then.get(key):
-                raise CheckpointError(f"{path} was trained with {key} {then.get(key)}, now it is {now[key]}: set it back to continue")
+                raise CheckpointError(
+                    f"{path} was trained with {key} {then.get(key)}, now it is {now[key]}: set it back to continue"
+                )
         for key in now:
             if now[key] != then.get(key):
                 log.info("resume: %s was %s and is now %s", key, then.get(key), now[key])
         if self.use_repa != (checkpoint["repa_module_state_dict"] is not None):
             was = "with" if checkpoint["repa_module_state_dict"] is not None else "without"
-            raise CheckpointError(f"{path} was trained {was} REPA: set use_repa accordingly, or start a new run from its export")
+            raise CheckpointError(
+                f"{path} was trained {was} REPA: set use_repa accordingly, or start a new run from its export"
+            )
         load_weights(self.model, checkpoint["model_state_dict"], str(path))
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
@@ -577,7 +621,9 @@ class FlexTokTrainer:
             raise CheckpointError(f"{path} was trained with other parameters: {error}") from error
         base_lrs = self.scheduler.base_lrs
         self.scheduler.load_state_dict({**checkpoint["scheduler_state_dict"], "base_lrs": base_lrs})
-        for group, setting, base_lr, course in zip(self.optimizer.param_groups, settings, base_lrs, self.scheduler.lr_lambdas):
+        for group, setting, base_lr, course in zip(
+            self.optimizer.param_groups, settings, base_lrs, self.scheduler.lr_lambdas
+        ):
             group.update(setting, lr=base_lr * course(self.scheduler.last_epoch))
         if checkpoint["scaler_state_dict"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint["scaler_state_dict"])
@@ -642,8 +688,14 @@ def plain_batches(dataset, batch_size: int, num_workers: int) -> Iterator[torch.
     """Images of a dataset in order and without augmentation, [B, 3, H, W]."""
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
     for items in loader:
-        yield torch.stack([item["image"] if isinstance(item, dict) else item[0] if isinstance(item, (list, tuple)) else item
-                           for item in items])  # fmt: skip
+        yield torch.stack([item_image(item) for item in items])
+
+
+def item_image(item) -> torch.Tensor:
+    """The image [3, H, W] of an item: a dict with `image`, a tuple that begins with it, or the tensor itself."""
+    if isinstance(item, dict):
+        return item["image"]
+    return item[0] if isinstance(item, (list, tuple)) else item
 
 
 def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
@@ -670,7 +722,7 @@ def default_run_dir(config: TrainConfig) -> Path:
 
 
 def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torch.device, run_dir: Path, resume) -> str:
-    """What this run is, in a few lines, from the config and a model that may be without weights (None: not known yet)."""
+    """What this run is, in a few lines; `model` may be without weights, or None if its config is not known yet."""
     millions = lambda n: f"{n / 1e6:.2f} M"  # noqa: E731
     lines = []
     name = "new model" if config.model is not None else config.model_name
@@ -684,12 +736,16 @@ def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torc
             for part in (model.encoder, model.decoder)
         )
         levels = config.fsq_levels or model.regularizer.levels
-        lines.append(("model", f"{name}: encoder {encoder.depth} x {encoder.dim}, decoder {decoder.depth} x {decoder.dim}, "
-                               f"{model.n_registers} tokens of {math.prod(levels)} codes"))  # fmt: skip
+        sizes = f"encoder {encoder.depth} x {encoder.dim}, decoder {decoder.depth} x {decoder.dim}"
+        lines.append(("model", f"{name}: {sizes}, {model.n_registers} tokens of {math.prod(levels)} codes"))
         parts = []
         for part in ("encoder", "decoder", "vae"):
             n = count_parameters(getattr(model, part))
-            state = "no parameters" if n == 0 else f"{millions(n)} {'trained' if getattr(config, f'train_{part}') else 'frozen'}"
+            state = (
+                "no parameters"
+                if n == 0
+                else f"{millions(n)} {'trained' if getattr(config, f'train_{part}') else 'frozen'}"
+            )
             parts.append(f"{part} {state}")
         lines.append(("parameters", ", ".join(parts)))
     if config.use_repa:
@@ -699,7 +755,10 @@ def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torc
         facts = known_encoders()[config.repa_encoder_type]
         size = config.repa_image_size or facts.image_size
         grid = "x".join(str(n) for n in config.repa_target_size)
-        text = f"{config.repa_encoder_type} ({millions(facts.parameters)} frozen) at {size} px, compared on {grid} x {facts.dim}"
+        text = (
+            f"{config.repa_encoder_type} ({millions(facts.parameters)} frozen) at {size} px, compared "
+            f"on {grid} x {facts.dim}"
+        )
         if model is not None:
             text += f", projector {millions(projector_parameters(decoder.dim, facts.dim))} trained"
         lines.append(("REPA", f"{text}, weight {config.repa_weight:g}"))
@@ -707,12 +766,18 @@ def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torc
         lines.append(("REPA", "off"))
     n_val = len(val_dataset) if val_dataset is not None else 0
     source = config.dataset_name if config.data_path is None else f"{config.data_path} ({config.dataset_name})"
-    lines.append(("data", f"{source}: {len(train_dataset)} training and {n_val} validation images, {config.img_size} px"))
+    lines.append(
+        ("data", f"{source}: {len(train_dataset)} training and {n_val} validation images, {config.img_size} px")
+    )
     global_batch = config.batch_size * config.gradient_accumulation_steps
     steps = -(-len(train_dataset) // global_batch)
-    lines.append(("steps", f"{config.num_epochs} epochs x {steps} = {config.num_epochs * steps}, {global_batch} images each"))
+    lines.append(
+        ("steps", f"{config.num_epochs} epochs x {steps} = {config.num_epochs * steps}, {global_batch} images each")
+    )
     dtype = autocast_dtype(device) if config.use_amp else None
-    lines.append(("device", f"{device}, {'fp32' if dtype is None else str(dtype).removeprefix('torch.') + ' autocast'}"))
+    lines.append(
+        ("device", f"{device}, {'fp32' if dtype is None else str(dtype).removeprefix('torch.') + ' autocast'}")
+    )
     lines.append(("run folder", str(run_dir)))
     if resume is not None:
         lines.append(("resume", str(resume)))
@@ -731,7 +796,9 @@ def main(arguments: argparse.Namespace) -> None:
     device = torch.device(name)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"--device is {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices: use --device cpu")
+            raise ConfigError(
+                f"--device is {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices: use --device cpu"
+            )
         torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
 
@@ -748,7 +815,9 @@ def main(arguments: argparse.Namespace) -> None:
         run_dir = default_run_dir(config)
     begun = (run_dir / "metrics.jsonl").exists() and (resume is None or any((run_dir / "checkpoints").glob("*.pt")))
     if begun and (checkpoint is None or checkpoint.resolve().parent.parent != run_dir.resolve()):
-        raise ConfigError(f"--run-dir {run_dir} holds a run already: continue it with --resume latest, or name another folder")
+        raise ConfigError(
+            f"--run-dir {run_dir} holds a run already: continue it with --resume latest, or name another folder"
+        )
 
     if config.use_repa:
         check_repa_settings(config)
@@ -767,14 +836,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.check:
         return
 
-    sampler = GlobalBatchSampler(
-        len(train_dataset), config.batch_size, config.gradient_accumulation_steps, seed=config.seed
-    )
-    train_loader = build_loader(train_dataset, sampler, config.num_workers, device)
-    val_loader = None
-    if val_dataset is not None:
-        sampler = GlobalBatchSampler(len(val_dataset), config.val_batch_size or config.batch_size, shuffle=False)
-        val_loader = build_loader(val_dataset, sampler, config.num_workers, device)
+    train_loader, val_loader = build_loaders(config, train_dataset, val_dataset, device)
     trainer = FlexTokTrainer(config, load_model(config), train_loader, val_loader, device, run_dir)
     if checkpoint is not None:
         trainer.load_checkpoint(checkpoint)

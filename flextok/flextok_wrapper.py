@@ -139,7 +139,8 @@ class FlexTok(nn.Module):
             integers = not row.is_floating_point() and row.dtype != torch.bool
             if not integers or row.numel() != row.shape[-1] or not 1 <= row.numel() <= n_max:
                 raise ValueError(
-                    f"tokens of image {i} are {row.dtype} {list(row.shape)}, expected integers [1, l] with l from 1 to {n_max}"
+                    f"tokens of image {i} are {row.dtype} {list(row.shape)}, expected integers [1, l] "
+                    f"with l from 1 to {n_max}"
                 )
             row = row.flatten()
             if row.min() < 0 or row.max() >= self.regularizer.codebook_size:

@@ -83,15 +83,19 @@ class StableDiffusionVAE(nn.Module):
             except (OSError, ValueError) as error:
                 raise RuntimeError(
                     f"the VAE {hf_hub_path!r} is neither a folder, nor in the Hugging Face cache, nor can it be "
-                    f"downloaded ({error}): download it where there is a network (`hf download {hf_hub_path}`) and copy "
+                    f"downloaded ({error}): download it where there is a network (`hf download "
+                    f"{hf_hub_path}`) and copy "
                     "the folder, or the cache, here"
                 ) from error
             if vae.config.latent_channels != latent_channels:
                 raise ValueError(
-                    f"latent_channels is {latent_channels}, but the VAE {hf_hub_path!r} has {vae.config.latent_channels}"
+                    f"latent_channels is {latent_channels}, but the VAE {hf_hub_path!r} has "
+                    f"{vae.config.latent_channels}"
                 )
             return vae
-        if hf_hub_path is not None:  # weights come from elsewhere: its architecture, where it can be had without waiting
+        if (
+            hf_hub_path is not None
+        ):  # weights come from elsewhere: its architecture, where it can be had without waiting
             try:
                 local = {} if Path(hf_hub_path).is_dir() else {"local_files_only": True}
                 return AutoencoderKL.from_config(AutoencoderKL.load_config(hf_hub_path, **local))
@@ -158,7 +162,9 @@ class PixelUnshuffleVAE(nn.Module):
     ):
         super().__init__()
         if factor < 1 or scaling_factor <= 0:
-            raise ValueError(f"factor is {factor} and scaling_factor {scaling_factor}, expected a positive integer and number")
+            raise ValueError(
+                f"factor is {factor} and scaling_factor {scaling_factor}, expected a positive integer and number"
+            )
         self.images_read_key, self.vae_latents_write_key = images_read_key, vae_latents_write_key
         self.vae_latents_read_key, self.images_reconst_write_key = vae_latents_read_key, images_reconst_write_key
         self.downsample_factor, self.scaling_factor, self.force_vae_encode = factor, scaling_factor, force_vae_encode

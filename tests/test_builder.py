@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers import make_draws, make_images, tiny_config, tiny_model
 
 from flextok import FlexTokFromHub
 from flextok.model.builder import build_config, preset_config, with_fsq_levels
@@ -12,7 +13,6 @@ from flextok.utils.checkpoint import load_weights
 from flextok.utils.config import ConfigError
 from flextok.utils.modules import count_parameters
 from flextok.utils.random import RANDOM_KEY
-from helpers import make_draws, make_images, tiny_config, tiny_model
 
 
 def meta_model(config):

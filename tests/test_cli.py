@@ -22,7 +22,9 @@ def call(*arguments, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     env = {name: value for name, value in env.items() if value is not None}
     command = [sys.executable, str(ROOT / "train_flextok.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
 
 
 def config_file(folder, **changes) -> Path:
@@ -32,7 +34,10 @@ def config_file(folder, **changes) -> Path:
 
 
 def test_help_names_every_option_without_importing_torch():
-    code = "import sys; sys.argv = ['train_flextok.py', '--help']; sys.modules['torch'] = None; exec(open('train_flextok.py').read())"
+    code = (
+        "import sys; sys.argv = ['train_flextok.py', '--help']; sys.modules['torch'] = None; "
+        "exec(open('train_flextok.py').read())"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     for option in ("--config", "--set", "--resume", "--device", "--max-steps", "--check", "--run-dir"):
@@ -142,7 +147,8 @@ def test_wandb_gets_the_documented_names_and_one_run_id_across_a_resume(tmp_path
     """A stand-in package records the calls, whose signatures are W&B's own."""
     package = tmp_path / "package"
     package.mkdir()
-    (package / "wandb.py").write_text(textwrap.dedent("""
+    (package / "wandb.py").write_text(
+        textwrap.dedent("""
         import json, os
         def note(*what):
             with open(os.environ["WANDB_NOTES"], "a") as file:
@@ -160,7 +166,8 @@ def test_wandb_gets_the_documented_names_and_one_run_id_across_a_resume(tmp_path
             note("init", project, name, tags, id, mode, resume, config["use_repa"])
             Run.id = id or "abc123"
             return Run()
-    """))
+    """)
+    )
     notes = tmp_path / "notes.jsonl"
     environment = dict(PYTHONPATH=str(package), WANDB_NOTES=str(notes), WANDB_MODE="offline")
     config = config_file(tmp_path, use_wandb=True, wandb_project="p", wandb_tags=["t"], visualize_every=2)
@@ -177,7 +184,8 @@ def test_wandb_gets_the_documented_names_and_one_run_id_across_a_resume(tmp_path
     assert any("visualizations/flexible_length" in m for m in logged)
     names = {key for m in logged for key in m}
     assert {"train/loss", "train/flow_loss", "train/repa_loss", "train/repa_weight", "train/lr", "train/grad_norm",
-            "train/images_per_second", "train/epoch", "val/loss", "val/flow_loss", "val/repa_loss"} <= names  # fmt: skip
+            "train/images_per_second", "train/epoch", "val/loss", "val/flow_loss",
+            "val/repa_loss"} <= names  # fmt: skip
 
 
 def test_broken_images_are_named_and_too_many_stop_the_run(tmp_path):

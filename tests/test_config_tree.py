@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
+from helpers import make_images, tiny_config
 
 from flextok import FlexTok, FlexTokFromHub
 from flextok.model.utils.dict_ops import PerSampleOp, channels_first_to_last, channels_last_to_first
 from flextok.utils.config import ALLOWED_TARGETS, MAX_DEPTH, ConfigError, instantiate
-from helpers import make_images, tiny_config
 
 PERMUTE = "flextok.model.utils.dict_ops.PerSampleOp"
 LINEAR = "flextok.model.preprocessors.linear.LinearLayer"

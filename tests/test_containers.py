@@ -2,10 +2,6 @@
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-from flextok.utils.random import RANDOM_KEY
 from helpers import (
     LATENT_SHAPE,
     N_REGISTERS,
@@ -17,6 +13,10 @@ from helpers import (
     tiny_model_that_draws,
     unpack,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flextok.utils.random import RANDOM_KEY
 
 CONTAINERS = ("batch", "list")
 VELOCITY_AND_REPA = ("vae_latents_reconst", "dec_patches_repa_layer")

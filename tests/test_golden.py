@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import LATENT_SHAPE, N_REGISTERS, gradients, make_draws, make_noise, pack, tiny_model, unpack
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
@@ -13,7 +14,6 @@ from flextok.model.trunks.transformers import FlexTransformer
 from flextok.utils.checkpoint import load_weights
 from flextok.utils.config import instantiate
 from flextok.utils.random import RANDOM_KEY
-from helpers import LATENT_SHAPE, N_REGISTERS, gradients, make_draws, make_noise, pack, tiny_model, unpack
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
 TOLERANCE = 2e-5

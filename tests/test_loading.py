@@ -6,6 +6,7 @@ import socket
 import pytest
 import torch
 import yaml
+from helpers import make_images, make_noise, save_tiny_vae, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -20,7 +21,6 @@ from flextok.utils.checkpoint import (
 )
 from flextok.utils.config import ConfigError
 from flextok.vae_wrapper import AUTOENCODER_KL
-from helpers import make_images, make_noise, save_tiny_vae, tiny_config, tiny_model
 
 HUB_NAME = "some-lab/flextok-tiny"
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import make_draws, make_images, make_noise, randomise, tiny_model
 from torch import nn
 
 from flextok.flow_matching.noise_modules import MinRFNoiseModule
@@ -25,7 +26,6 @@ from flextok.model.utils.dict_ops import DictKeyFilter, PerSampleOp, channels_fi
 from flextok.model.utils.posembs import PositionalEmbedding, PositionalEmbeddingAdder
 from flextok.regularizers.quantize_fsq import FSQ
 from flextok.utils.random import RANDOM_KEY, BatchRandom
-from helpers import make_draws, make_images, make_noise, randomise, tiny_model
 
 LEVELS = (8, 8, 8, 5, 5, 5)
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from helpers import LATENT_SHAPE, N_REGISTERS, gradients, make_draws, make_images, make_noise, tiny_model
 from torch.nn.functional import cosine_similarity
 
 from flextok.model.layers.norm import Fp32LayerNorm
 from flextok.model.preprocessors.time_embedding import TimestepEmbedder
 from flextok.regularizers.quantize_fsq import FSQ
 from flextok.utils.random import RANDOM_KEY
-from helpers import LATENT_SHAPE, N_REGISTERS, gradients, make_draws, make_images, make_noise, tiny_model
 
 
 @pytest.fixture(scope="module")

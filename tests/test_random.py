@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers import make_draws, make_images, tiny_model_that_draws
 
 from flextok.utils.random import RANDOM_KEY, BatchRandom, address_key, generator, uniform_number
-from helpers import make_draws, make_images, tiny_model_that_draws
 
 MASK = (1 << 64) - 1
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from urllib.error import HTTPError
 
+import hub_standin
 import numpy as np
 import pytest
 import skimage.data
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from skimage.transform import resize as skimage_resize
 from torch import nn
 
-import hub_standin
 from flextok.model.utils import repa_encoders
 from flextok.model.utils.repa_encoders import EncoderUnavailable, FrozenEncoder, known_encoders, load_encoder
 from flextok.model.utils.repa_loss import (

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import LATENT_SHAPE, N_REGISTERS, make_images, make_noise, tiny_model, tiny_model_that_draws
 from torch import nn
 
 from flextok.flow_matching.pipelines import MinRFPipeline
-from helpers import LATENT_SHAPE, N_REGISTERS, make_images, make_noise, tiny_model, tiny_model_that_draws
 
 SHAPE = (3, 4, 4)
 STRENGTHS = [0.02, 0.2, 3.0]  # of the condition, per image

@@ -80,7 +80,9 @@ def test_the_older_name_of_gradient_checkpointing_has_the_opposite_sense(disable
     assert config(disable_gradient_checkpointing=disabled).gradient_checkpointing is not disabled
 
 
-@pytest.mark.parametrize("name, known", [("CelebA-HQ", "celebahq"), ("celeba_hq", "celebahq"), ("imagenet", "imagenet")])
+@pytest.mark.parametrize(
+    "name, known", [("CelebA-HQ", "celebahq"), ("celeba_hq", "celebahq"), ("imagenet", "imagenet")]
+)
 def test_celebahq_may_be_spelled_in_any_way_and_other_names_are_folders(name, known):
     assert config(dataset_name=name, data_path=".").dataset_name == known
 
@@ -91,7 +93,9 @@ def test_learning_rates_follow_what_is_trained():
     assert config(train_encoder=False).learning_rates() == {"decoder": 1e-4}
 
 
-@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("-2E+3", -2000.0), ("12", 12), ("'1e-4'", "1e-4"), ("1e", "1e")])
+@pytest.mark.parametrize(
+    "text, value", [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("-2E+3", -2000.0), ("12", 12), ("'1e-4'", "1e-4"), ("1e", "1e")]
+)
 def test_yaml_numbers_are_those_of_yaml_1_2(text, value):
     parsed = parse_yaml(f"key: {text}")["key"]
     assert parsed == value and type(parsed) is type(value)

@@ -29,7 +29,7 @@ def trainer():
     return trainer
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+# --------------------------------------------------------------------------------------------------------------- losses
 
 
 def test_flow_loss_is_the_velocity_error_of_an_independent_computation(trainer):
@@ -54,7 +54,9 @@ def test_repa_loss_is_that_of_an_independent_computation(trainer):
     losses = trainer.compute_loss(batch)
     handle.remove()
     patches = captured["layer"][:, :16].view(4, 4, 4, -1)  # 4x4 patches come before the 8 registers
-    first, second, third = (layer for layer in trainer.repa_module.projector.modules() if isinstance(layer, torch.nn.Linear))
+    first, second, third = (
+        layer for layer in trainer.repa_module.projector.modules() if isinstance(layer, torch.nn.Linear)
+    )
     projected = third(F.silu(second(F.silu(first(patches)))))  # the grid is the target size: nothing to resize
     target = trainer.repa_module.encoder(batch["image"])  # 2x2
     target = F.interpolate(target, (4, 4), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
@@ -201,7 +203,9 @@ def test_optimizer_groups_have_their_names_and_rates_and_hold_each_parameter_onc
     groups = {group["name"]: group for group in trainer.optimizer.param_groups}
     assert list(groups) == ["encoder", "decoder", "repa_projector"]
     assert [group["lr"] for group in groups.values()] == [3e-4, 2e-4, 5e-4]
-    assert {id(p) for p in groups["repa_projector"]["params"]} == {id(p) for p in trainer.repa_module.projector.parameters()}
+    assert {id(p) for p in groups["repa_projector"]["params"]} == {
+        id(p) for p in trainer.repa_module.projector.parameters()
+    }
     held = [id(p) for group in groups.values() for p in group["params"]]
     trained = [p for p in [*trainer.model.parameters(), *trainer.repa_module.parameters()] if p.requires_grad]
     assert sorted(held) == sorted(map(id, trained)) and len(set(held)) == len(held)
@@ -302,8 +306,8 @@ def test_an_epoch_trains_on_every_image_once(tmp_path):
     seen = []
     compute_loss = trainer.compute_loss
     trainer.compute_loss = lambda batch, random=None: (
-        seen.extend(batch["index"].tolist()) if trainer.model.training else None
-    ) or compute_loss(batch, random)
+        (seen.extend(batch["index"].tolist()) if trainer.model.training else None) or compute_loss(batch, random)
+    )
     trainer.train(max_steps=trainer.steps_per_epoch)
     assert sorted(seen) == list(range(22))
 
@@ -606,7 +610,9 @@ def test_export_computes_what_the_trained_model_computes(tmp_path):
     tokens = exported.tokenize(images)
     assert all(map(torch.equal, tokens, trainer.model.tokenize(images)))
     arguments = dict(timesteps=3, guidance_scale=2.0, perform_norm_guidance=True)
-    pictures = [m.detokenize(tokens, generator=torch.Generator().manual_seed(0), **arguments) for m in (exported, trainer.model)]
+    pictures = [
+        m.detokenize(tokens, generator=torch.Generator().manual_seed(0), **arguments) for m in (exported, trainer.model)
+    ]
     assert torch.equal(*pictures) and pictures[0].shape == (4, 3, 32, 32)
 
 
@@ -622,7 +628,7 @@ def test_any_checkpoint_can_be_exported_by_command(tmp_path):
     assert not same(dict(raw), dict(averaged))
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# --------------------------------------------------------------------------------------------------------------- models
 
 
 def saved_model(folder):

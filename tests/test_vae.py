@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
+from helpers import make_draws, make_images, make_noise, pack, save_tiny_vae, unpack
 
 from flextok.utils.random import RANDOM_KEY
 from flextok.vae_wrapper import PixelUnshuffleVAE, StableDiffusionVAE
-from helpers import make_draws, make_images, make_noise, pack, save_tiny_vae, unpack
 
 
 @pytest.fixture(scope="module")

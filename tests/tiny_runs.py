@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import train_flextok
-from flextok.data.loader import GlobalBatchSampler, build_datasets, build_loader
+from flextok.data.loader import build_datasets, build_loaders
 from flextok.training.config import TrainConfig
 from flextok.training.models import load_model
 
@@ -31,15 +31,7 @@ def settings(**changes) -> dict:
 def make_trainer(run_dir=None, device="cpu", **changes) -> train_flextok.FlexTokTrainer:
     """A trainer as `main` builds it."""
     config = TrainConfig.from_dict(settings(**changes))
-    train_dataset, val_dataset = build_datasets(config)
-    sampler = GlobalBatchSampler(
-        len(train_dataset), config.batch_size, config.gradient_accumulation_steps, seed=config.seed
-    )
-    train_loader = build_loader(train_dataset, sampler, config.num_workers, device)
-    val_loader = None
-    if val_dataset is not None:
-        val_sampler = GlobalBatchSampler(len(val_dataset), config.val_batch_size or config.batch_size, shuffle=False)
-        val_loader = build_loader(val_dataset, val_sampler, config.num_workers, device)
+    train_loader, val_loader = build_loaders(config, *build_datasets(config), device)
     return train_flextok.FlexTokTrainer(config, load_model(config), train_loader, val_loader, device, run_dir)
 
 

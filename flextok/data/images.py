@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from flextok.utils.errors import UserError
-from flextok.utils.random import generator, uniform_number
+from ..utils.errors import UserError
+from ..utils.random import generator, uniform_number
 
 logger = logging.getLogger(__name__)
 

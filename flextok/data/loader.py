@@ -7,10 +7,10 @@ from typing import Any, Iterable, Iterator, Optional, Sequence, Union
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from flextok.data.images import ImageFolderDataset, list_images, split_paths
-from flextok.data.photos import PhotoCrops
-from flextok.utils.errors import UserError
-from flextok.utils.random import generator
+from ..utils.errors import UserError
+from ..utils.random import generator
+from .images import ImageFolderDataset, list_images, split_paths
+from .photos import PhotoCrops
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +150,24 @@ def build_loader(
         prefetch_factor=2 if num_workers > 0 else None,
         generator=torch.Generator(),  # else every epoch would draw the workers' seed from the global random state
     )
+
+
+def build_loaders(
+    config: Any, train_dataset: Dataset, val_dataset: Optional[Dataset], device: Union[str, torch.device]
+) -> tuple[DataLoader, Optional[DataLoader]]:
+    """The loaders of a configuration: training batches by address, validation batches in order (None if no dataset).
+
+    Args:
+        config: Has batch_size, gradient_accumulation_steps, val_batch_size (None: batch_size), num_workers and seed.
+    """
+    sampler = GlobalBatchSampler(
+        len(train_dataset), config.batch_size, config.gradient_accumulation_steps, seed=config.seed
+    )
+    train_loader = build_loader(train_dataset, sampler, config.num_workers, device)
+    if val_dataset is None:
+        return train_loader, None
+    sampler = GlobalBatchSampler(len(val_dataset), config.val_batch_size or config.batch_size, shuffle=False)
+    return train_loader, build_loader(val_dataset, sampler, config.num_workers, device)
 
 
 def build_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:

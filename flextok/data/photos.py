@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from flextok.data.images import Item, digest, load_image, pixels_to_tensor, resolve_item
-from flextok.utils.random import uniform_number
+from ..utils.random import uniform_number
+from .images import Item, digest, load_image, pixels_to_tensor, resolve_item
 
 PIP_NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 PHOTOS = {
@@ -65,8 +65,8 @@ class PhotoCrops(Dataset):
 
     The photographs take turns. The side of a window is uniform between `img_size` and `MAX_ZOOM * img_size`, its place
     uniform in the split's part of the photograph; where that part is narrower, its width is the limit, and a
-    smaller window than `img_size` is scaled up. The windows follow from (split, img_size, window_seed) alone, and the first n
-    of a larger set are the set of n.
+    smaller window than `img_size` is scaled up. The windows follow from (split, img_size, window_seed) alone, and the
+    first n of a larger set are the set of n.
 
     Items and their dicts are those of `ImageFolderDataset`; `index` is always the one asked for, `broken` is empty.
     `names` holds `photo@x,y,side` in pixels of the photograph.
@@ -97,7 +97,9 @@ class PhotoCrops(Dataset):
             limit = min(right - left, photo.height)
             smallest, largest = min(img_size, limit), min(MAX_ZOOM * img_size, limit)
 
-            u_side, u_x, u_y = (uniform_number(window_seed, f"photos {split} {what}", 0, i) for what in ("side", "x", "y"))
+            u_side, u_x, u_y = (
+                uniform_number(window_seed, f"photos {split} {what}", 0, i) for what in ("side", "x", "y")
+            )
             side = smallest + int(u_side * (largest - smallest + 1))
             x = left + int(u_x * (right - left - side + 1))
             y = int(u_y * (photo.height - side + 1))

@@ -67,7 +67,11 @@ class MinRFPipeline:
         """Latent size (h, w) that the decoder was built for: its positional table times its patches."""
         patch = next((m.patch_sizes for m in self.model.modules() if isinstance(m, PatchEmbedder)), None)
         table = next(
-            (m.max_sizes for m in self.model.modules() if isinstance(m, PositionalEmbeddingAdder) and len(m.max_sizes) == 2),
+            (
+                m.max_sizes
+                for m in self.model.modules()
+                if isinstance(m, PositionalEmbeddingAdder) and len(m.max_sizes) == 2
+            ),
             None,
         )
         if patch is None or table is None:
@@ -87,7 +91,8 @@ class MinRFPipeline:
             noise = torch.randn(n, self.out_channels, *per_image[0], generator=generator, device=draw_on)
             return noise.to(device)
         return [
-            torch.randn(1, self.out_channels, *size, generator=generator, device=draw_on).to(device) for size in per_image
+            torch.randn(1, self.out_channels, *size, generator=generator, device=draw_on).to(device)
+            for size in per_image
         ]
 
     @torch.no_grad()

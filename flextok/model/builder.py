@@ -20,7 +20,9 @@ def _permute(read_key: str, write_key: str, function: str) -> dict:
     }  # fmt: skip
 
 
-def _patch_embedder(read_key: str, write_key: str, n_patches_key: str, channels: int, dim: int, patch_size: int) -> dict:
+def _patch_embedder(
+    read_key: str, write_key: str, n_patches_key: str, channels: int, dim: int, patch_size: int
+) -> dict:
     return {
         "_target_": _PRE + "patching.PatchEmbedder", "input_tensor_list_read_key": read_key,
         "patches_list_write_key": write_key, "n_patches_write_key": n_patches_key, "channels_in": channels, "dim": dim,
@@ -118,7 +120,8 @@ def build_config(
             raise ConfigError(f"{name} is {size}, expected at least 1")
     if img_size % (factor * patch_size):
         raise ConfigError(
-            f"img_size is {img_size}, expected a multiple of {factor * patch_size} (VAE factor {factor} x patch_size {patch_size})"
+            f"img_size is {img_size}, expected a multiple of {factor * patch_size} (VAE factor {factor} "
+            f"x patch_size {patch_size})"
         )
     for name, width in (("encoder_width", encoder_width), ("decoder_width", decoder_width)):
         if width % head_dim or width % 4:
@@ -182,7 +185,9 @@ def build_config(
             "_target_": _PRE + "nullcond.LearnedNullCond", "read_write_key": "dec_registers", "dim": decoder_width,
             "eval_drop_flag_read_key": "eval_dropout_mask", "dropout_prob": null_condition_prob,
         },
-        "dec_noise_channels_to_last": _permute("vae_latents_noised", "vae_latents_noised_bhwc", "channels_first_to_last"),
+        "dec_noise_channels_to_last": _permute(
+            "vae_latents_noised", "vae_latents_noised_bhwc", "channels_first_to_last"
+        ),
         "dec_noise_patch_emb": _patch_embedder(
             "vae_latents_noised_bhwc", "dec_patches", "dec_n_patches", channels, decoder_width, patch_size
         ),

@@ -13,7 +13,6 @@ import yaml
 from ..utils.config import ConfigError, nearest
 from .checkpoints import CONFIG_FILE, write_atomically
 
-
 SPECIAL_DATASETS = ("celebahq", "photos")  # any other name is a folder of images
 
 
@@ -33,10 +32,13 @@ class TrainConfig:
         "Model to start from: a Hub name, a folder (config.json, model.safetensors), or a .safetensors file.",
     )
     model: Optional[Dict[str, Any]] = setting(
-        None, "A new model by size instead: `preset` (d12-d12, d18-d18, d18-d28) and arguments of flextok.model.builder.build_config."
+        None,
+        "A new model by size instead: `preset` (d12-d12, d18-d18, d18-d28) and arguments of "
+        "flextok.model.builder.build_config.",
     )
     train_from_scratch: bool = setting(
-        False, "Take the architecture of model_name, but initialise encoder and decoder anew (the VAE keeps its weights)."
+        False,
+        "Take the architecture of model_name, but initialise encoder and decoder anew (the VAE keeps its weights).",
     )
     fsq_levels: Optional[List[int]] = setting(
         None, "Other FSQ levels than the model's; the two layers around the quantiser are initialised anew.", minimum=2
@@ -58,7 +60,9 @@ class TrainConfig:
         "`folder` (any images), `celebahq` (its 27000/1500/1500 split), or `photos` (crops of the photographs that "
         "scikit-image and scikit-learn carry).",
     )
-    data_path: Optional[str] = setting(None, "Folder of images: flat, in `images/`, or nested. Not needed for `photos`.")
+    data_path: Optional[str] = setting(
+        None, "Folder of images: flat, in `images/`, or nested. Not needed for `photos`."
+    )
     img_size: int = setting(256, "Side of the square training images in pixels.", minimum=1)
     use_augmentation: bool = setting(True, "Flip half of the training images horizontally.")
     random_crop: bool = setting(False, "Crop training images at a random place instead of the centre.")
@@ -69,13 +73,19 @@ class TrainConfig:
 
     # Training
     seed: int = setting(0, "Seed of initialisation, data order and every random draw.", minimum=0)
-    num_epochs: int = setting(10, "Passes over the training images; the learning-rate schedule ends with them.", minimum=1)
+    num_epochs: int = setting(
+        10, "Passes over the training images; the learning-rate schedule ends with them.", minimum=1
+    )
     batch_size: int = setting(8, "Images per forward pass.", minimum=1)
     gradient_accumulation_steps: int = setting(1, "Forward passes per optimizer step.", minimum=1)
     use_amp: bool = setting(True, "Autocast to bf16 where the device has it (fp16 with loss scaling on older GPUs).")
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm over all trained parameters; 0: never.", minimum=0)
+    max_grad_norm: float = setting(
+        1.0, "Gradients are clipped to this norm over all trained parameters; 0: never.", minimum=0
+    )
     val_batch_size: Optional[int] = setting(None, "Images per validation pass; null: batch_size.", minimum=1)
-    max_val_batches: Optional[int] = setting(None, "Validation passes at most; null: the whole validation set.", minimum=1)
+    max_val_batches: Optional[int] = setting(
+        None, "Validation passes at most; null: the whole validation set.", minimum=1
+    )
     val_every_steps: Optional[int] = setting(
         None, "Validate every so many steps too; null: only at the end of each epoch.", minimum=1
     )
@@ -86,7 +96,9 @@ class TrainConfig:
     encoder_lr: Optional[float] = setting(None, "Learning rate of the encoder; null: learning_rate.", above=0)
     decoder_lr: Optional[float] = setting(None, "Learning rate of the decoder; null: learning_rate.", above=0)
     vae_lr: Optional[float] = setting(None, "Learning rate of the VAE; null: learning_rate.", above=0)
-    betas: List[float] = setting([0.9, 0.99], "Adam's decay rates of the first and second moment.", minimum=0, maximum=1)
+    betas: List[float] = setting(
+        [0.9, 0.99], "Adam's decay rates of the first and second moment.", minimum=0, maximum=1
+    )
     weight_decay: float = setting(0.01, "Weight decay.", minimum=0)
     eps: float = setting(1e-8, "Adam's epsilon.", above=0)
     scheduler: str = setting(
@@ -107,18 +119,25 @@ class TrainConfig:
     use_repa: bool = setting(False, "Align a decoder layer with a frozen vision encoder (arXiv 2410.06940).")
     repa_weight: float = setting(1.0, "Weight of the REPA loss: loss = flow_loss + repa_weight * repa_loss.", above=0)
     repa_encoder_type: str = setting(
-        "dinov2_vitl14", "Frozen encoder: dinov2_vits14, vitb14, vitl14 or vitg14, each with _reg, or efficientnet_lite0."
+        "dinov2_vitl14",
+        "Frozen encoder: dinov2_vits14, vitb14, vitl14 or vitg14, each with _reg, or efficientnet_lite0.",
     )
     repa_encoder_dim: Optional[int] = setting(
         None, "Channels of the encoder's features (S 384, B 768, L 1024, G 1536); null: ask the encoder.", minimum=1
     )
-    repa_target_size: List[int] = setting([37, 37], "Height and width of the grid on which features are compared.", minimum=1)
+    repa_target_size: List[int] = setting(
+        [37, 37], "Height and width of the grid on which features are compared.", minimum=1
+    )
     repa_lr: float = setting(1e-4, "Learning rate of the REPA projector.", above=0)
     repa_image_size: Optional[int] = setting(
         None, "Side in pixels of the images that the encoder sees; null: its own (518 for DINOv2).", minimum=1
     )
-    repa_encoder_repo: Optional[str] = setting(None, "Folder with the encoder's hubconf.py, for machines without network.")
-    repa_encoder_weights: Optional[str] = setting(None, "File with the encoder's weights (.pth), for machines without network.")
+    repa_encoder_repo: Optional[str] = setting(
+        None, "Folder with the encoder's hubconf.py, for machines without network."
+    )
+    repa_encoder_weights: Optional[str] = setting(
+        None, "File with the encoder's weights (.pth), for machines without network."
+    )
     repa_encoder_revision: Optional[str] = setting(None, "Branch, tag or commit of the encoder's repository.")
     repa_constant_images: int = setting(
         1000, "Training images that the constant prediction (val/repa_loss_constant) is fitted to; 0: not computed.",
@@ -126,18 +145,24 @@ class TrainConfig:
     )  # fmt: skip
 
     # Pictures
-    visualize_every: int = setting(1000, "Steps between pictures of flexible-length reconstructions; 0: only at the end.", minimum=0)
+    visualize_every: int = setting(
+        1000, "Steps between pictures of flexible-length reconstructions; 0: only at the end.", minimum=0
+    )
     num_vis_images: int = setting(8, "Validation images in a picture.", minimum=1)
     vis_token_counts: List[int] = setting([1, 4, 16, 64, 256], "Token counts in a picture.", minimum=1)
     inference_steps: int = setting(25, "Sampler steps for pictures.", minimum=1)
     guidance_scale: float = setting(7.5, "Guidance scale for pictures; 1: none.", minimum=0)
-    perform_norm_guidance: bool = setting(True, "Adaptive projected guidance (APG) rather than classifier-free guidance.")
+    perform_norm_guidance: bool = setting(
+        True, "Adaptive projected guidance (APG) rather than classifier-free guidance."
+    )
 
     # Run
     checkpoint_dir: str = setting("runs", "Folder under which each run gets its own, by name and date.")
     resume: Optional[str] = setting(None, "Checkpoint, run folder or `latest` to continue from.")
     save_every: int = setting(10, "Epochs between checkpoints that are kept; 0: only latest and best.", minimum=0)
-    save_every_steps: int = setting(1000, "Steps between writings of the latest checkpoint; 0: only at the end of epochs.", minimum=0)
+    save_every_steps: int = setting(
+        1000, "Steps between writings of the latest checkpoint; 0: only at the end of epochs.", minimum=0
+    )
     log_every: int = setting(10, "Steps between logged metrics.", minimum=1)
     use_wandb: bool = setting(True, "Log to Weights & Biases; offline by itself where there is no login or no network.")
     wandb_project: str = setting("flextok-repa", "W&B project.")
@@ -164,10 +189,13 @@ class TrainConfig:
         if known in SPECIAL_DATASETS:  # CelebA-HQ, celeba_hq ...
             self.dataset_name = known
         elif nearest(known, SPECIAL_DATASETS):
-            raise ConfigError(f"dataset_name is {self.dataset_name!r}{nearest(known, SPECIAL_DATASETS)}; use `folder` for others")
+            raise ConfigError(
+                f"dataset_name is {self.dataset_name!r}{nearest(known, SPECIAL_DATASETS)}; use `folder` for others"
+            )
         if self.dataset_name != "photos" and self.data_path is None:
             raise ConfigError(
-                f"data_path is missing: give the folder of images (dataset_name is {self.dataset_name!r}; only `photos` "
+                "data_path is missing: give the folder of images (dataset_name is "
+                f"{self.dataset_name!r}; only `photos` "
                 "needs no folder)"
             )
         if self.scheduler != "none":
@@ -226,9 +254,13 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     kind = next(option for option in options if option is not type(None))
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     scalar = arguments[0] if origin is list else kind
-    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a mapping"}.get(
-        scalar if origin is not dict else dict
-    )
+    expected = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        dict: "a mapping",
+    }.get(scalar if origin is not dict else dict)
     if origin is list:
         expected = f"a list of {expected.removeprefix('a ')}s"
     if type(None) in options:
@@ -251,7 +283,8 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     limits = field.metadata
     if limits["choices"] is not None and value not in limits["choices"]:
         raise ConfigError(
-            f"{field.name} is {value!r}, expected one of {', '.join(limits['choices'])}{nearest(value, limits['choices'])}"
+            f"{field.name} is {value!r}, expected one of "
+            f"{', '.join(limits['choices'])}{nearest(value, limits['choices'])}"
         )
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, float) and not abs(item) < float("inf"):

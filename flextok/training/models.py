@@ -27,7 +27,9 @@ def new_model_config(config: TrainConfig) -> dict:
     if arguments.get("vae", "stable_diffusion") == "stable_diffusion":
         arguments.setdefault("vae_hub_path", f"EPFL-VILAB/flextok_vae_c{arguments.get('latent_channels', 16)}")
         if arguments["vae_hub_path"] is None and not config.train_vae:
-            raise ConfigError("model.vae_hub_path is null and train_vae false: a frozen VAE of random weights is of no use")
+            raise ConfigError(
+                "model.vae_hub_path is null and train_vae false: a frozen VAE of random weights is of no use"
+            )
     try:
         return build_config(**arguments) if preset is None else preset_config(preset, **arguments)
     except TypeError as error:
@@ -108,7 +110,8 @@ def _fetch(model_name: str) -> "tuple[dict, dict]":
             config_file, weights = (Path(hf_hub_download(model_name, name)) for name in (CONFIG_NAME, WEIGHTS_NAME))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"model_name: {model_name!r} is neither a folder, nor in the Hugging Face cache, nor can it be downloaded "
+                f"model_name: {model_name!r} is neither a folder, nor in the Hugging Face cache, nor can "
+                "it be downloaded "
                 f"({error}). Without network, run `hf download {model_name}` elsewhere and copy the folder here"
             ) from error
     tensors, header = load_safetensors(weights)
@@ -137,7 +140,9 @@ def check_repa_model(model: nn.Module) -> None:
     modules = model.decoder.module_dict
     for name in ("dec_transformer", "dec_repa_unpacker"):
         if name not in modules:
-            raise ConfigError(f"use_repa is true, but the model's decoder has no {name!r}: use a model whose config has it")
+            raise ConfigError(
+                f"use_repa is true, but the model's decoder has no {name!r}: use a model whose config has it"
+            )
     transformer = modules["dec_transformer"]
     if transformer.intermediate_layer_write_key is None or not transformer.intermediate_layers:
         raise ConfigError(
@@ -145,7 +150,9 @@ def check_repa_model(model: nn.Module) -> None:
             "intermediate_layer_write_key: dec_packed_seq_repa_layer and intermediate_layers: [1]"
         )
     if len(transformer.intermediate_layers) > 1:
-        raise ConfigError(f"use_repa is true, but dec_transformer keeps layers {transformer.intermediate_layers}: REPA takes one")
+        raise ConfigError(
+            f"use_repa is true, but dec_transformer keeps layers {transformer.intermediate_layers}: REPA takes one"
+        )
 
 
 def check_repa_settings(config: TrainConfig) -> None:

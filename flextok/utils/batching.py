@@ -1,4 +1,4 @@
-"""The container rule: values of a `data_dict` are lists of [1, ...] tensors or one batch [B, ...]; what goes in comes out.
+"""The container rule: a `data_dict` holds lists of [1, ...] tensors or batches [B, ...]; what goes in comes out.
 
 Modules are written for batches. `dense_batches` wraps their entry points: a list becomes one batch (one per shape, if
 the shapes are mixed), and what the module wrote comes back as lists of [1, ...].

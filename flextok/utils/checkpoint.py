@@ -121,8 +121,14 @@ def load_weights(
     if problems:
         raise CheckpointError(f"{source} does not fit the model, {len(problems)} problems:\n  " + "\n  ".join(problems))
     model.load_state_dict(state_dict, strict=False)
-    if without_vae and any(key.startswith("vae.") for key in expected) and getattr(model.vae, "hf_hub_path", None) is None:
-        log.warning("%s holds no VAE weights and the config names none: give latents, not images, to this model", source)
+    if (
+        without_vae
+        and any(key.startswith("vae.") for key in expected)
+        and getattr(model.vae, "hf_hub_path", None) is None
+    ):
+        log.warning(
+            "%s holds no VAE weights and the config names none: give latents, not images, to this model", source
+        )
 
 
 def build_model(

@@ -79,7 +79,8 @@ def _lookup(target: Any, where: str):
         raise ConfigError(f"{where}: _target_ {target!r} is not supported by this package")
     if target not in ALLOWED_TARGETS:
         raise ConfigError(
-            f"{where}: _target_ {target!r} is not allowed{nearest(target, ALLOWED_TARGETS)}; a config can only build the "
+            f"{where}: _target_ {target!r} is not allowed{nearest(target, ALLOWED_TARGETS)}; a config "
+            "can only build the "
             "parts of FlexTok that flextok.utils.config.ALLOWED_TARGETS lists"
         )
     module, name = target.rsplit(".", 1)
@@ -118,7 +119,9 @@ def instantiate(config: Any, _where: str = "config", _depth: int = 0, **extra) -
     if config["_target_"] == "hydra.utils.get_method":
         path = config.get("path")
         if set(config) - {"_target_", "path"} or not isinstance(path, str) or path not in ALLOWED_FUNCTIONS:
-            raise ConfigError(f"{_where}: hydra.utils.get_method of {path!r} is not allowed, only of {sorted(ALLOWED_FUNCTIONS)}")
+            raise ConfigError(
+                f"{_where}: hydra.utils.get_method of {path!r} is not allowed, only of {sorted(ALLOWED_FUNCTIONS)}"
+            )
         return _lookup(path, _where)
 
     target = _lookup(config["_target_"], _where)
@@ -130,7 +133,8 @@ def instantiate(config: Any, _where: str = "config", _depth: int = 0, **extra) -
     for key in given:
         if key not in signature.parameters:
             raise ConfigError(
-                f"{_where}: {config['_target_']} takes no argument {key!r}{nearest(key, signature.parameters)}; it takes "
+                f"{_where}: {config['_target_']} takes no argument "
+                f"{key!r}{nearest(key, signature.parameters)}; it takes "
                 f"{', '.join(signature.parameters)}"
             )
     if config["_target_"].endswith(".FlexTokFromHub"):  # takes the tree itself, not what it describes
@@ -148,5 +152,13 @@ def instantiate(config: Any, _where: str = "config", _depth: int = 0, **extra) -
         return target(**arguments)
     except ConfigError:
         raise
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, ArithmeticError, AttributeError, LookupError) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        NotImplementedError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+    ) as error:
         raise ConfigError(f"{_where}: {config['_target_']}: {error}") from error

@@ -12,7 +12,12 @@ class Mlp(nn.Module):
     """fc2(act(fc1 x)) with int(mlp_ratio * dim) hidden units."""
 
     def __init__(
-        self, dim: int, mlp_ratio: float = 4.0, act_layer: Callable = nn.SiLU, bias: bool = False, init_style: str = "xavier"
+        self,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        act_layer: Callable = nn.SiLU,
+        bias: bool = False,
+        init_style: str = "xavier",
     ):
         super().__init__()
         hidden = int(mlp_ratio * dim)
@@ -28,7 +33,12 @@ class GatedMlp(nn.Module):
     """fc2(act(fc1 x) * fc3 x) with int(2 * int(mlp_ratio * dim) / 3) hidden units."""
 
     def __init__(
-        self, dim: int, mlp_ratio: float = 4.0, act_layer: Callable = nn.SiLU, bias: bool = False, init_style: str = "xavier"
+        self,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        act_layer: Callable = nn.SiLU,
+        bias: bool = False,
+        init_style: str = "xavier",
     ):
         super().__init__()
         hidden = int(2 * int(mlp_ratio * dim) / 3)

@@ -39,7 +39,8 @@ class LinearHead(nn.Module):
         super().__init__()
         if use_mup_readout:
             raise NotImplementedError(
-                f"{type(self).__name__}: use_mup_readout: true is not supported (no published FlexTok uses it); set it to false"
+                f"{type(self).__name__}: use_mup_readout: true is not supported (no published FlexTok "
+                "uses it); set it to false"
             )
         if adaLN_packing_fn_read_key is not None:
             raise NotImplementedError(f"{type(self).__name__}: adaLN_packing_fn_read_key is not supported")

@@ -27,7 +27,9 @@ class SequenceUnpacker(nn.Module):
     def forward(self, data_dict: dict) -> dict:
         shapes = data_dict[self.inner_packed_shapes_read_key]
         if len(shapes) != len(self.write_keys):
-            raise ValueError(f"{len(shapes)} sub-sequences were packed, but {self.write_keys} names {len(self.write_keys)}")
+            raise ValueError(
+                f"{len(shapes)} sub-sequences were packed, but {self.write_keys} names {len(self.write_keys)}"
+            )
         pieces = data_dict[self.read_key].split([math.prod(shape) for shape in shapes], dim=1)
         for key, piece, shape in zip(self.write_keys, pieces, shapes):
             data_dict[key] = piece.unflatten(1, shape)

@@ -43,7 +43,9 @@ class Registers1D(nn.Module):
         if extra_registers_write_key is not None or extra_registers_dim is not None:
             raise NotImplementedError("Registers1D: extra_registers_* are not supported")
         if not 1 <= n_min <= n_max or not (n_eval is None or 1 <= n_eval <= n_max):
-            raise ValueError(f"Registers1D: n_min {n_min}, n_eval {n_eval} and n_max {n_max} need 1 <= n_min, n_eval <= n_max")
+            raise ValueError(
+                f"Registers1D: n_min {n_min}, n_eval {n_eval} and n_max {n_max} need 1 <= n_min, n_eval <= n_max"
+            )
         self.read_key, self.write_key = input_tensor_list_read_key, registers_write_key
         self.register_sizes_read_write_key = register_sizes_read_write_key
         self.n_max, self.n_eval = n_max, n_max if n_eval is None else n_eval

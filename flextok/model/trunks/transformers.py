@@ -177,7 +177,9 @@ class FlexTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.use_act_checkpoint and torch.is_grad_enabled():
                 # No block draws from the global random state (dropout draws by address): nothing to save and restore.
-                x = checkpoint(block, x, mask, embedding, lengths, random, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    block, x, mask, embedding, lengths, random, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x = block(x, mask, embedding, lengths, random)
             if i in self.intermediate_layers:

@@ -47,7 +47,10 @@ class PositionalEmbedding(nn.Module):
         self.max_sizes = [int(size) for size in max_sizes]
         n_dim = len(self.max_sizes)
         if n_dim not in (1, 2) or (posemb_type == "sincos" and n_dim != 2):
-            raise ValueError(f"max_sizes is {self.max_sizes}: {posemb_type} takes {'2' if posemb_type == 'sincos' else '1 or 2'} sizes")
+            raise ValueError(
+                f"max_sizes is {self.max_sizes}: {posemb_type} takes "
+                f"{'2' if posemb_type == 'sincos' else '1 or 2'} sizes"
+            )
         self.posemb_type, self.posemb_scaling = posemb_type, posemb_scaling
         if posemb_type == "sincos":
             self.posembs = nn.Parameter(sincos_table(dim, *self.max_sizes), requires_grad=False)

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flextok.model.utils.repa_encoders import (
+from ...utils.random import generator as addressed_generator
+from .repa_encoders import (
     FrozenEncoder,
     check_encoder_dim,
     check_encoder_settings,
     device_only,
     load_encoder,
 )
-from flextok.utils.random import generator as addressed_generator
 
 # Vectors shorter than this are not stretched to unit length: a zero vector has similarity 0.
 NORM_EPS = 1e-6
