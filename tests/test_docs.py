@@ -55,7 +55,7 @@ def test_celebahq_config_holds_every_documented_key_and_repa_off():
 
 def test_linked_files_exist():
     for text in (README, README_REPA):
-        for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", text) + re.findall(r'src="([^"]+)"', text):
             assert (ROOT / target).exists(), target
         for target in re.findall(r"configs/\w+\.yaml", text):
             assert (ROOT / target).exists(), target
