@@ -87,7 +87,7 @@ class FlexTokTrainer:
 
     Args:
         config: Settings, a TrainConfig or a dict of its fields.
-        model: FlexTokFromHub.
+        model: FlexTokFromHub (a plain FlexTok trains too, but cannot be exported).
         train_loader: Batches of images: dicts of flextok.data, or [B, 3, H, W] in [-1, 1] (alone or first in a tuple).
         val_loader: Likewise, for validation; may be None.
         device: Where to train.
@@ -438,7 +438,10 @@ class FlexTokTrainer:
             self.validate()
             self.save_checkpoint()
         self.visualize()
-        self.export()
+        if isinstance(self.model, FlexTokFromHub):
+            self.export()
+        else:
+            log.warning("no export: the model was not built from a config by FlexTokFromHub")
         self.metrics_log.file.flush()
         save_curves(self.metrics_log.path, self.run_dir / "curves.png")
 
@@ -557,7 +560,7 @@ class FlexTokTrainer:
                 "step_in_epoch": self.global_step % self.steps_per_epoch,
                 "global_step": self.global_step,
                 "model_state_dict": self.model.state_dict(),
-                "model_config": self.model.config,
+                "model_config": getattr(self.model, "config", None),
                 "optimizer_state_dict": self.optimizer.state_dict(),
                 "scheduler_state_dict": self.scheduler.state_dict(),
                 "scaler_state_dict": self.scaler.state_dict(),

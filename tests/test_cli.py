@@ -87,6 +87,7 @@ def test_check_knows_the_published_model_without_network(tmp_path):
         ({"model": {**settings()["model"], "img_size": 16}}, "img_size 32 does not fit the model"),
         ({"model": {**settings()["model"], "repa_layers": [0, 1]}}, "REPA takes one"),
         ({"model": {**settings()["model"], "fsq_levels": 5}}, "model: "),
+        ({"dataset_name": "folder"}, "set data_path to the folder that holds your images"),
         ({"img_size": 36}, "img_size is 36, expected a multiple of 8"),
         ({"dataset_name": "folder", "data_path": "/nowhere"}, "/nowhere"),
         ({"model": None, "model_name": "./nowhere"}, "there is no file or folder ./nowhere"),

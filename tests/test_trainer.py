@@ -16,7 +16,7 @@ from flextok import FlexTokFromHub
 from flextok.training.config import TrainConfig, load_config
 from flextok.training.models import load_model
 from flextok.utils.checkpoint import CheckpointError
-from flextok.utils.config import ConfigError
+from flextok.utils.config import ConfigError, instantiate
 from flextok.utils.errors import UserError
 from flextok.utils.random import RANDOM_KEY, BatchRandom
 
@@ -751,7 +751,7 @@ def test_broken_validation_files_are_named_and_too_many_save_the_run_before_they
 def test_any_loader_of_images_trains_and_resumes_exactly(tmp_path):
     def trainer(run_dir):
         loader = DataLoader(Tensors(10), batch_size=4)
-        config = settings(use_repa=False, num_epochs=3, save_every_steps=1)
+        config = settings(use_repa=False, num_epochs=3, save_every_steps=1, dataset_name="folder")  # the loader is ours
         model = load_model(TrainConfig.from_dict(config))
         return train_flextok.FlexTokTrainer(config, model, loader, DataLoader(Tensors(3)), "cpu", run_dir)
 
@@ -763,6 +763,16 @@ def test_any_loader_of_images_trains_and_resumes_exactly(tmp_path):
     rest.load_checkpoint(tmp_path / "parts" / "checkpoints" / "latest.pt")
     rest.train()
     assert same(dict(whole.model.state_dict()), dict(rest.model.state_dict()))
+
+
+def test_a_model_that_was_not_built_from_a_config_trains_without_export(tmp_path):
+    base = make_trainer(use_repa=False)
+    config = {"_target_": "flextok.flextok_wrapper.FlexTok", **base.model.config}
+    trainer = train_flextok.FlexTokTrainer(
+        settings(use_repa=False), instantiate(config), base.train_loader, base.val_loader, "cpu", tmp_path
+    )
+    trainer.train(max_steps=1)
+    assert read_latest(tmp_path)["global_step"] == 1 and not (tmp_path / "export").exists()
 
 
 def test_metrics_have_the_documented_names(tmp_path):

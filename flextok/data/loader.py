@@ -7,6 +7,7 @@ from typing import Any, Iterable, Iterator, Optional, Sequence, Union
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..utils.config import ConfigError
 from ..utils.errors import UserError
 from ..utils.random import generator
 from .images import ImageFolderDataset, list_images, split_paths
@@ -184,7 +185,7 @@ def build_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
         return train, PhotoCrops("val", config.img_size, config.photos_val_crops) if config.photos_val_crops else None
 
     if not config.data_path:
-        raise ValueError(
+        raise ConfigError(
             f"data_path is {config.data_path!r}, but dataset_name is {config.dataset_name!r}: set data_path to the "
             "folder that holds your images, or dataset_name to photos"
         )

@@ -192,12 +192,6 @@ class TrainConfig:
             raise ConfigError(
                 f"dataset_name is {self.dataset_name!r}{nearest(known, SPECIAL_DATASETS)}; use `folder` for others"
             )
-        if self.dataset_name != "photos" and self.data_path is None:
-            raise ConfigError(
-                "data_path is missing: give the folder of images (dataset_name is "
-                f"{self.dataset_name!r}; only `photos` "
-                "needs no folder)"
-            )
         if self.scheduler != "none":
             for name, rate in self.learning_rates().items():
                 if rate <= self.min_lr:
@@ -382,10 +376,10 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 def settings_table(names: typing.Sequence[str]) -> str:
     """Markdown table of settings: name, default, meaning."""
     rows = ["| setting | default | meaning |", "|---|---|---|"]
-    defaults = TrainConfig(dataset_name="photos")
+    defaults = TrainConfig()
     for field in dataclasses.fields(TrainConfig):
         if field.name in names:
-            default = "folder" if field.name == "dataset_name" else getattr(defaults, field.name)
+            default = getattr(defaults, field.name)
             text = yaml.safe_dump(default, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
             rows.append(f"| `{field.name}` | `{text}` | {field.metadata['help']} |")
     return "\n".join(rows)

@@ -19,7 +19,7 @@ def load_trained_model(path: Path, averaged: bool = True):
         FileNotFoundError, CheckpointError: Not there, unreadable, or without the model's config.
     """
     checkpoint = read_checkpoint(path)
-    if "model_config" not in checkpoint:
+    if checkpoint.get("model_config") is None:
         raise CheckpointError(f"{path} has no model_config")
     weights = checkpoint.get("ema_model_state_dict") if averaged else None
     return build_model(checkpoint["model_config"], weights or checkpoint["model_state_dict"], str(path))
