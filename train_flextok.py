@@ -527,10 +527,11 @@ class FlexTokTrainer:
             latents = encoded[vae.vae_latents_write_key]
             columns = [vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key]]
             quants = encoded[model.regularizer.quants_write_key]
+            noise = random.normal("picture", latents.shape[1:])
             for k in counts:
                 data_dict = {
                     model.pipeline.latents_read_key: quants,
-                    model.pipeline.noise_read_key: random.normal("picture", latents.shape[1:]),
+                    model.pipeline.noise_read_key: noise,
                     **{
                         m.eval_keep_k_read_key: [k] * n
                         for m in model.decoder.modules()

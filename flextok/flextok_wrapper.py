@@ -12,6 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from .utils.batching import dense_batches
 from .utils.checkpoint import build_model, load_safetensors, save_safetensors
 from .utils.config import ConfigError, instantiate
+from .utils.files import write_atomically
 from .utils.modules import evaluating
 
 PARTS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
@@ -196,4 +197,5 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_safetensors(self.state_dict(), Path(save_directory) / WEIGHTS_NAME, self.config)
-        (Path(save_directory) / CONFIG_NAME).write_text(json.dumps(self.config, indent=2))
+        text = json.dumps(self.config, indent=2)
+        write_atomically(Path(save_directory) / CONFIG_NAME, lambda path: path.write_text(text))

@@ -11,29 +11,10 @@ import torch
 import yaml
 
 from ..utils.checkpoint import CheckpointError
+from ..utils.files import write_atomically
 
 LATEST, BEST = "latest.pt", "best.pt"
 CONFIG_FILE = "config.yaml"  # the settings in force, in the run folder
-
-
-def write_atomically(path: Path, write) -> None:
-    """Call write(temporary path), flush what it wrote to disk, then rename it to `path`.
-
-    A crash, a kill or a full disk at any moment leaves the previous file as it was.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any, Dict, List, Optional, Union
 import yaml
 
 from ..utils.config import ConfigError, nearest
-from .checkpoints import CONFIG_FILE, write_atomically
+from ..utils.files import write_atomically
+from .checkpoints import CONFIG_FILE
 
 SPECIAL_DATASETS = ("celebahq", "photos")  # any other name is a folder of images
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..utils.demo import batch_to_pil
-from .checkpoints import write_atomically
+from ..utils.files import write_atomically
 
 MIN_CELL = 128  # pixels; smaller images are enlarged by a whole factor, so that titles fit and pixels stay visible
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import UserError
+from .files import write_atomically
 
 log = logging.getLogger(__name__)
 PathLike = Union[str, os.PathLike]
@@ -35,23 +36,20 @@ def save_safetensors(
 
     The file is written under a temporary name, flushed and renamed: a crash leaves the previous file.
     """
-    save_path = Path(save_path)
     metadata = {"format": "pt", **{key: repr(value) for key, value in (metadata_dict or {}).items()}}
     tensors = {clean_key(key): value.detach().cpu().contiguous() for key, value in state_dict.items()}
-    temporary = save_path.with_name(save_path.name + ".tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
+
+    def write(path: Path) -> None:
+        save_file(tensors, path, metadata=metadata)
         umask = os.umask(0)
         os.umask(umask)
-        with open(temporary, "rb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~umask)  # safetensors makes files for their owner alone
-            os.fsync(file.fileno())
-        os.replace(temporary, save_path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
+
+    write_atomically(Path(save_path), write)
 
 
 def parse_metadata(text: str) -> Any:
+    """A value of a safetensors header: a Python, JSON or YAML literal, `None` for null; else the text itself."""
     for parse in (ast.literal_eval, json.loads, yaml.safe_load):
         try:
             return _none_for_null(parse(text))

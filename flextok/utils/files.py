@@ -1,0 +1,24 @@
+"""Writing files whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(temporary path), flush what it wrote to disk, then rename it to `path`.
+
+    A crash, a kill or a full disk at any moment leaves the previous file as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
