@@ -41,7 +41,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Union
+from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -68,18 +68,25 @@ from flextok.training.models import (
     check_repa_settings,
     known_model_config,
     load_model,
-)  # fmt: skip
+    repa_target_size,
+)
 from flextok.training.pictures import save_curves, save_grid
 from flextok.utils.checkpoint import CheckpointError, load_weights
 from flextok.utils.config import ConfigError
+from flextok.utils.dtypes import computes_bf16
 from flextok.utils.errors import UserError
 from flextok.utils.modules import count_parameters, evaluating
 from flextok.utils.random import RANDOM_KEY, BatchRandom
+
+if TYPE_CHECKING:
+    from flextok.data.caching import CachedValues
 
 log = logging.getLogger("flextok")
 
 VALIDATION_SEED = 0  # validation draws the same numbers in every run, so that curves compare across runs
 EXPORT = "export"
+PROJECTOR_GROUP = "repa_projector"  # its optimizer group
+CACHED_FEATURES, LAYER_LOSSES = "repa_cached_features", "repa_layer_losses"  # in the data_dict
 
 
 class FlexTokTrainer:
@@ -112,8 +119,11 @@ class FlexTokTrainer:
 
         self._select_trained_parameters()
         self.use_repa, self.repa_weight, self.repa_module = self.config.use_repa, self.config.repa_weight, None
+        self.repa_ended = False  # from step `repa_stop` on
         if self.use_repa:
             self.repa_module = self._build_repa_module()
+        self.feature_cache: "Optional[CachedValues]" = None  # opened when training starts
+        self.latent_cache: "Optional[CachedValues]" = None
         self.autocast_dtype = autocast_dtype(self.device) if self.config.use_amp else None
         self.optimizer = self._build_optimizer()  # after the REPA module: its projector is trained too
         self.steps_per_epoch = -(-len(train_loader) // self.config.gradient_accumulation_steps)
@@ -152,20 +162,27 @@ class FlexTokTrainer:
             parameter.requires_grad_(config.train_vae and parameter_name != "logvar")  # which plays no part in any loss
 
     def _build_repa_module(self):
-        from flextok.model.utils.repa_loss import REPAModule  # a run without REPA needs none of it
+        from flextok.model.utils.repa_encoders import encoder_dtype  # a run without REPA needs none of it
+        from flextok.model.utils.repa_loss import REPAModule
 
-        check_repa_model(self.model)
-        config = self.config
+        config, transformer = self.config, self.model.decoder.module_dict["dec_transformer"]
+        self.repa_layers = transformer.intermediate_layers = check_repa_model(self.model, config.repa_layers)
         try:
             repa_module = REPAModule(
-                decoder_dim=self.model.decoder.module_dict["dec_transformer"].dim,
+                decoder_dim=transformer.dim,
                 encoder_type=config.repa_encoder_type,
                 encoder_dim=config.repa_encoder_dim,
-                target_size=tuple(config.repa_target_size),
+                target_size=repa_target_size(config, self.model),
                 image_size=config.repa_image_size,
                 encoder_repo=config.repa_encoder_repo,
                 encoder_weights=config.repa_encoder_weights,
                 encoder_revision=config.repa_encoder_revision,
+                encoder_dtype=encoder_dtype(config.repa_encoder_dtype, self.device),
+                n_layers=len(self.repa_layers),
+                projector=config.repa_projector,
+                hidden_dim=config.repa_projector_hidden,
+                project_when=config.repa_project,
+                spatial_norm=config.repa_spatial_norm_gamma if config.repa_spatial_norm else None,
                 seed=config.seed,
             )
         except ValueError as error:
@@ -175,16 +192,19 @@ class FlexTokTrainer:
     def _build_optimizer(self) -> torch.optim.Optimizer:
         parts = {"encoder": self.model.encoder, "decoder": self.model.decoder, "vae": self.model.vae}
         if self.use_repa:
-            parts["repa_projector"] = self.repa_module.projector
+            parts[PROJECTOR_GROUP] = self.repa_module.projector
         groups = [
             {"name": name, "params": [p for p in parts[name].parameters() if p.requires_grad], "lr": lr}
             for name, lr in self.config.learning_rates().items()
         ]
-        self.trained_parameters = [parameter for group in groups for parameter in group["params"]]
         config = self.config
         optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
         settings = dict(betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
         return optimizer(groups, fused=self.device.type in ("cuda", "cpu"), **settings)
+
+    @property
+    def trained_parameters(self) -> List[torch.nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _build_scheduler(self) -> torch.optim.lr_scheduler.LRScheduler:
         """Linear warm-up to each group's rate, then its course down to min_lr, reached at the last step."""
@@ -226,12 +246,15 @@ class FlexTokTrainer:
             `loss` (what is minimised), `flow_loss`, `repa_loss` (0 if `use_repa` is false), and `vae_loss` if the VAE
             is trained.
         """
-        images = batch_images(batch).to(self.device, non_blocking=True)
-        random = random or self._batch_random(batch, len(images), 0, len(images))
+        n = batch_size(batch)
+        random = random or self._batch_random(batch, n, 0, n)
         model, noise_module = self.model, self.model.flow_matching_noise_module
-        data_dict = {model.vae.images_read_key: images, RANDOM_KEY: random}
+        data_dict, images = {RANDOM_KEY: random}, None
+        if has_images(batch):
+            images = data_dict[model.vae.images_read_key] = batch_images(batch).to(self.device, non_blocking=True)
         if not model.training:
             data_dict.update(self._validation_token_counts(random))
+        self._read_caches(batch, images, data_dict)
         with self.autocast():
             losses = {}
             if self.config.train_vae:
@@ -241,34 +264,64 @@ class FlexTokTrainer:
         flow_loss = F.mse_loss(data_dict[model.pipeline.reconst_write_key].float(), velocity.float())
         loss = flow_loss + losses.get("vae_loss", 0.0)
         repa_loss = torch.zeros((), device=self.device)
-        if self.use_repa:
+        if self.repa_active:
             repa_loss = self.compute_repa_loss(data_dict, images)
-            loss = loss + self.repa_weight * repa_loss
+            loss = loss + self.repa_weight_in_force * repa_loss
+            if len(self.repa_layers) > 1:
+                losses.update(data_dict[LAYER_LOSSES])
         return {"loss": loss, "flow_loss": flow_loss, "repa_loss": repa_loss, **losses}
 
-    def compute_repa_loss(self, data_dict: dict, images: torch.Tensor) -> torch.Tensor:
+    @property
+    def repa_active(self) -> bool:
+        """Whether steps compute the REPA loss: `use_repa`, before `repa_stop`."""
+        return self.use_repa and not self.repa_ended
+
+    @property
+    def repa_weight_in_force(self) -> float:
+        """Weight of the REPA loss at the current step, by its schedule."""
+        return self.repa_weight * self.config.repa_weight_factor(self.global_step)
+
+    def compute_repa_loss(self, data_dict: dict, images: Optional[torch.Tensor]) -> torch.Tensor:
         """Minus the mean cosine similarity of projected decoder features and the frozen encoder's, fp32, in [-1, 1].
 
+        With several layers it is the mean of their losses, which are left in the data_dict.
+
         Args:
-            data_dict: As FlexTok's forward pass leaves it.
-            images: The same images, [B, 3, H, W] in [-1, 1].
+            data_dict: As FlexTok's forward pass leaves it; with the encoder's features, if they were cached.
+            images: The same images, [B, 3, H, W] in [-1, 1]; not needed with cached features.
 
         Raises:
             KeyError: The forward pass left no decoder features.
         """
         transformer = self.model.decoder.module_dict["dec_transformer"]
         unpacker = self.model.decoder.module_dict["dec_repa_unpacker"]
-        intermediate_features = data_dict[transformer.intermediate_layer_write_key]  # [B, N, D]
-        decoder_features = unpacker(data_dict)[unpacker.write_keys[0]]  # [B, h, w, D]: patches, without registers
-        target_features = self.repa_module.target_features(images)  # [B, encoder_dim, H, W]
-        with self.autocast():
-            projected_features = self.repa_module.project(decoder_features)  # [B, encoder_dim, H, W]
+        intermediate_features = data_dict[transformer.intermediate_layer_write_key]  # [B, N, layers * D]
+        decoder_features = unpacker(data_dict)[unpacker.write_keys[0]]  # [B, h, w, layers * D]: without registers
+        if CACHED_FEATURES in data_dict:
+            target_features = self.repa_module.targets(data_dict[CACHED_FEATURES])  # [B, encoder_dim, H, W]
+        else:
+            target_features = self.repa_module.target_features(images)
         if intermediate_features.shape[0] != target_features.shape[0]:
             raise ValueError(
                 f"{len(intermediate_features)} images went through the decoder, but "
                 f"{len(target_features)} came for REPA"
             )
-        return self.repa_module.loss(projected_features, target_features)
+        with self.autocast():
+            losses = self.repa_module.layer_losses(decoder_features, target_features)
+        data_dict[LAYER_LOSSES] = {f"repa_loss_layer_{i}": loss for i, loss in zip(self.repa_layers, losses)}
+        return torch.stack(losses).mean()
+
+    def _read_caches(self, batch, images: Optional[torch.Tensor], data_dict: dict) -> None:
+        """Put what the caches hold for a batch into its data_dict: latents, and the features that REPA aligns with."""
+        if not (isinstance(batch, dict) and "split" in batch):
+            return
+        if self.latent_cache is not None:
+            moments = self.latent_cache(batch, images, self.device)
+            vae = self.model.vae
+            data_dict[vae.vae_latents_write_key] = vae.latents_from_moments(moments, data_dict)
+        if self.feature_cache is not None and self.repa_active:
+            features = self.feature_cache(batch, images, self.device)  # [B, gh, gw, encoder_dim]
+            data_dict[CACHED_FEATURES] = features.permute(0, 3, 1, 2)
 
     def _vae_loss(self, data_dict: dict, images: torch.Tensor) -> torch.Tensor:
         """Reconstruction and KL loss of a trained VAE; leaves detached latents, so that the flow loss ends there."""
@@ -305,7 +358,9 @@ class FlexTokTrainer:
         progress = tqdm(total=last_step, initial=self.global_step, unit="step", dynamic_ncols=True, smoothing=0.05)
         self._clock, self._images_since = time.perf_counter(), 0
         try:
-            self._log_constant_losses()
+            self._prepare_frozen_networks()
+            if self.feature_cache is None:
+                self._log_constant_losses()
             while self.global_step < last_step:
                 epoch = self.global_step // self.steps_per_epoch
                 for window in self._windows(epoch, self.global_step % self.steps_per_epoch):
@@ -315,6 +370,7 @@ class FlexTokTrainer:
             self._finish()
         finally:
             progress.close()
+            self._flush_caches()
             self.metrics_log.close()
             self.metrics_log = None
 
@@ -336,10 +392,10 @@ class FlexTokTrainer:
         if window:
             yield window
 
-    def _train_step(self, window: List, epoch: int, progress: tqdm) -> None:
-        config = self.config
+    def update(self, window: List) -> Tuple[Dict[str, torch.Tensor], torch.Tensor]:
+        """One optimizer step on the batches of its global batch: their mean losses and the norm of the gradients."""
         self.model.train()
-        sizes = [len(batch_images(batch)) for batch in window]
+        sizes = [batch_size(batch) for batch in window]
         means: Dict[str, torch.Tensor] = {}
         for i, (batch, size) in enumerate(zip(window, sizes)):
             random = self._batch_random(batch, size, sum(sizes[:i]), sum(sizes))
@@ -348,23 +404,32 @@ class FlexTokTrainer:
             self.scaler.scale(losses["loss"] * share).backward()
             for name, value in losses.items():
                 means[name] = means.get(name, 0.0) + value.detach() * share
-        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        lr = rates.get("decoder", next(iter(rates.values())))
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained_parameters, config.max_grad_norm or math.inf)
+        max_norm = self.config.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained_parameters, max_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.global_step)
+        return means, grad_norm
+
+    def _train_step(self, window: List, epoch: int, progress: tqdm) -> None:
+        config = self.config
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        lr = rates.get("decoder", next(iter(rates.values())))
+        means, grad_norm = self.update(window)
+        repa_weight = self.repa_weight_in_force if self.repa_active else 0.0
         self.global_step += 1
         step = self.global_step
-        self._images_since += sum(sizes)
+        self._images_since += sum(map(batch_size, window))
 
         progress.update(1)
         if step % config.log_every == 0:
-            self._log_step(means, grad_norm, lr, epoch, progress)
+            self._log_step(means, grad_norm, lr, repa_weight, epoch, progress)
+        if self.repa_active and step >= (self.config.repa_stop or math.inf):
+            self._end_repa()
         end_of_epoch = step % self.steps_per_epoch == 0
         validates = end_of_epoch or (config.val_every_steps and step % config.val_every_steps == 0)
         saves = end_of_epoch or (config.save_every_steps and step % config.save_every_steps == 0)
@@ -372,6 +437,7 @@ class FlexTokTrainer:
         with self._clock_stopped():
             if validates or saves:
                 self._check_finite(means["loss"])
+                self._flush_caches()
                 self._validate_and_save(validates, f"epoch_{epoch + 1:04d}.pt" if keeps else None)
             if config.visualize_every and step % config.visualize_every == 0:
                 self.visualize()
@@ -379,12 +445,32 @@ class FlexTokTrainer:
                 [path for b in window if isinstance(b, dict) for path in b.get("broken", ())], self.broken_files
             )
 
+    def _end_repa(self) -> None:
+        """End the alignment for good: free the encoder, take the projector out of the optimizer's work."""
+        self.repa_ended = True
+        self.repa_module.requires_grad_(False)
+        optimizer, names = self.optimizer, [group["name"] for group in self.optimizer.param_groups]
+        i = names.index(PROJECTOR_GROUP)
+        for parameter in optimizer.param_groups.pop(i)["params"]:
+            optimizer.state.pop(parameter, None)
+        for values in (self.scheduler.base_lrs, self.scheduler.lr_lambdas):
+            values.pop(i)
+        self._free_encoder()
+        log.info("step %d: REPA ends (repa_stop), its encoder is freed", self.global_step)
+
+    def _free_encoder(self) -> None:
+        self.repa_module.encoder = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # once in a run: what the encoder took goes back to the device
+
     def _validate_and_save(self, validates: bool = True, keep_as: Optional[str] = None) -> None:
         """Write the latest checkpoint, after a validation if there is one; the best and kept ones are links to it."""
         best = False
         if validates and self.val_loader is not None:
             flow_loss = self.validate()["val/flow_loss"]
             best, self.best_val_loss = flow_loss < self.best_val_loss, min(flow_loss, self.best_val_loss)
+        if validates and self.feature_cache is not None:
+            self._use_complete_cache()
         self.save_checkpoint()
         for name in [BEST] * best + [keep_as] * (keep_as is not None):
             link_checkpoint(self.run_dir / "checkpoints" / LATEST, self.run_dir / "checkpoints" / name)
@@ -404,9 +490,11 @@ class FlexTokTrainer:
             self.save_checkpoint()
             raise
 
-    def _log_step(self, means: dict, grad_norm: torch.Tensor, lr: float, epoch: int, progress: tqdm) -> None:
+    def _log_step(
+        self, means: dict, grad_norm: torch.Tensor, lr: float, repa_weight: float, epoch: int, progress: tqdm
+    ) -> None:
         """The one place of a step that waits for the device."""
-        if not self.use_repa:
+        if not self.repa_active:
             means = {name: value for name, value in means.items() if name != "repa_loss"}
         metrics = {f"train/{name}": float(value) for name, value in means.items()}
         self._check_finite(means["loss"])
@@ -418,11 +506,11 @@ class FlexTokTrainer:
             "train/epoch": epoch,
         })  # fmt: skip
         if self.use_repa:
-            metrics["train/repa_weight"] = self.repa_weight
+            metrics["train/repa_weight"] = repa_weight
         self._clock, self._images_since = time.perf_counter(), 0
         self._write_metrics(metrics)
         postfix = {"loss": f"{metrics['train/loss']:.4f}", "flow": f"{metrics['train/flow_loss']:.4f}"}
-        if self.use_repa:
+        if self.repa_active:
             postfix["repa"] = f"{metrics['train/repa_loss']:.4f}"
         progress.set_postfix({**postfix, "lr": f"{lr:.1e}", "img/s": f"{metrics['train/images_per_second']:.1f}"})
 
@@ -445,6 +533,70 @@ class FlexTokTrainer:
         self.metrics_log.file.flush()
         save_curves(self.metrics_log.path, self.run_dir / "curves.png")
 
+    # -------------------------------------------------------------------------------------- frozen networks, caches
+
+    def _prepare_frozen_networks(self) -> None:
+        """Open the caches, and load the REPA encoder unless it has nothing to do: here, not in mid-training."""
+        config = self.config
+        if self.repa_active and self.global_step >= (config.repa_stop or math.inf):
+            self._end_repa()
+        caches_features = self.repa_active and config.repa_cache
+        if config.cache_latents or caches_features:
+            self._open_caches(caches_features)
+        if caches_features and self._cache_is_complete():
+            self._free_encoder()
+        elif self.repa_active and self.repa_module.encoder is None:
+            raise ConfigError("the REPA encoder was freed, but its features are needed: build a new trainer")
+
+    def _open_caches(self, caches_features: bool) -> None:
+        from flextok.data import caching
+
+        datasets = {"train": self.train_loader.dataset, "val": getattr(self.val_loader, "dataset", None)}
+        datasets = {split: dataset for split, dataset in datasets.items() if dataset is not None}
+        for dataset in datasets.values():
+            if not isinstance(dataset, caching.CachedDataset):
+                raise ConfigError(
+                    f"cache_latents and repa_cache need the datasets of flextok.data.loader.build_datasets, but the "
+                    f"loader has a {type(dataset).__name__}"
+                )
+        if self.config.cache_latents and self.latent_cache is None:
+            plans = caching.latent_plans(self.config, self.model, datasets)
+            self.latent_cache = caching.CachedValues(
+                caching.LATENTS, datasets, plans, caching.latent_moments(self.model.vae)
+            )
+        if caches_features and self.feature_cache is None:
+            plans = caching.feature_plans(self.config, datasets, self.device)
+            if not all(plan.exists() for plan in plans.values()):
+                self.repa_module.encoder  # loaded first: a new cache records which weights it comes from
+                plans = caching.feature_plans(self.config, datasets, self.device)
+            features = caching.encoder_features(self.repa_module.encoder_features)
+            self.feature_cache = caching.CachedValues(caching.FEATURES, datasets, plans, features)
+        stop = math.inf if self.config.repa_stop is None else self.config.repa_stop
+        encoder_needs_images = self.use_repa and not caches_features
+        images_until = math.inf if self.latent_cache is None else stop if encoder_needs_images else 0
+        datasets["train"].use({caching.LATENTS: math.inf, caching.FEATURES: stop}, images_until)
+        if "val" in datasets:
+            needs_images = self.latent_cache is None or (encoder_needs_images and self.repa_active)
+            datasets["val"].use({}, math.inf if needs_images else 0)
+
+    def _flush_caches(self) -> None:
+        for cache in (self.latent_cache, self.feature_cache):
+            if cache is not None:
+                cache.flush()
+
+    def _cache_is_complete(self) -> bool:
+        n_val = 0 if self.val_loader is None else self._n_val_images()
+        return self.feature_cache.has("train") and self.feature_cache.has("val", n_val)
+
+    def _use_complete_cache(self) -> None:
+        """Once all features are there the encoder has nothing left to do."""
+        self._flush_caches()
+        if self.repa_active and self._cache_is_complete():
+            self._log_constant_losses()
+            if self.repa_module._encoder is not None:
+                log.info("step %d: the feature cache is complete, the REPA encoder is freed", self.global_step)
+            self._free_encoder()
+
     # --------------------------------------------------------------------------------------------------- validation
 
     def _averaged_weights(self):
@@ -457,12 +609,10 @@ class FlexTokTrainer:
             return {}
         sums: Dict[str, torch.Tensor] = {}
         n, broken = 0, []
-        total = len(self.val_loader.dataset)
-        if self.config.max_val_batches is not None:
-            total = min(total, self.config.max_val_batches * (self.config.val_batch_size or self.config.batch_size))
+        total = self._n_val_images()
         with self._averaged_weights(), evaluating(self.model), self._uncompiled():
             for batch in self._val_batches():
-                size = len(batch_images(batch))
+                size = batch_size(batch)
                 positions = torch.arange(n, n + size, device=self.device)
                 random = BatchRandom(VALIDATION_SEED, -1, positions, total)
                 for name, value in self.compute_loss(batch, random).items():
@@ -471,10 +621,16 @@ class FlexTokTrainer:
                 broken += batch.get("broken", ()) if isinstance(batch, dict) else ()
         self._note_broken(broken, self.broken_val_files)
         metrics = {
-            f"val/{name}": float(value) / n for name, value in sums.items() if name != "repa_loss" or self.use_repa
+            f"val/{name}": float(value) / n for name, value in sums.items() if name != "repa_loss" or self.repa_active
         }
         self._write_metrics(metrics)
         return metrics
+
+    def _n_val_images(self) -> int:
+        n, config = len(self.val_loader.dataset), self.config
+        if config.max_val_batches is None:
+            return n
+        return min(n, config.max_val_batches * (config.val_batch_size or config.batch_size))
 
     def _val_batches(self) -> Iterator:
         return itertools.islice(self.val_loader, self.config.max_val_batches)
@@ -486,31 +642,40 @@ class FlexTokTrainer:
     @torch.no_grad()
     def _log_constant_losses(self) -> None:
         """Log once what REPA's loss is if every position predicts the mean normalised target of the training set."""
-        if not self.use_repa or self.constant_losses is not None or self.config.repa_constant_images == 0:
+        if not self.repa_active or self.constant_losses is not None or self.config.repa_constant_images == 0:
             return
         from flextok.model.utils.repa_loss import constant_prediction_loss, normalised_target_sum
 
         log.info(
             "measuring what a constant prediction scores (repa_constant_images: %d)", self.config.repa_constant_images
         )
-        dataset = self.train_loader.dataset
-        stride = max(1, len(dataset) // self.config.repa_constant_images)
-        subset = torch.utils.data.Subset(dataset, range(0, len(dataset), stride))
+        n = len(self.train_loader.dataset)
+        stride = max(1, n // self.config.repa_constant_images)
         total, count = 0.0, 0
-        for images in plain_batches(subset, self.config.batch_size, self.config.num_workers):
-            batch_total, batch_count = normalised_target_sum(self.repa_module.target_features(images.to(self.device)))
+        for target in self._targets("train", range(0, n, stride)):
+            batch_total, batch_count = normalised_target_sum(target)
             total, count = total + batch_total, count + batch_count
         mean = total / count
         # The cosine of each unit target with the direction of their mean averages to the length of that mean.
         self.constant_losses = {"train/repa_loss_constant": -float(mean.norm())}
         if self.val_loader is not None:
-            val_total, n = 0.0, 0
-            for batch in self._val_batches():
-                target = self.repa_module.target_features(batch_images(batch).to(self.device))
+            val_total, n = 0.0, self._n_val_images()
+            for target in self._targets("val", range(n)):
                 val_total += float(constant_prediction_loss(mean, target)) * len(target)
-                n += len(target)
             self.constant_losses["val/repa_loss_constant"] = val_total / n
         self._write_metrics(self.constant_losses)
+
+    def _targets(self, split: str, indices: Sequence[int]) -> Iterator[torch.Tensor]:
+        """REPA's targets [B, encoder_dim, H, W] of some images as they are, from the cache if there is one."""
+        if self.feature_cache is not None:
+            for some in torch.tensor(indices).split(self.config.batch_size):
+                features = self.feature_cache.read(split, some).to(self.device)
+                yield self.repa_module.targets(features.permute(0, 3, 1, 2))
+            return
+        loader = self.train_loader if split == "train" else self.val_loader
+        images = torch.utils.data.Subset(loader.dataset, indices)
+        for batch in plain_batches(images, self.config.batch_size, self.config.num_workers):
+            yield self.repa_module.target_features(batch.to(self.device))
 
     @torch.no_grad()
     def visualize(self) -> Optional[Path]:
@@ -618,6 +783,15 @@ class FlexTokTrainer:
                 f"{path} was trained {was} REPA: set use_repa accordingly, or start a new run from its export"
             )
         load_weights(self.model, checkpoint["model_state_dict"], str(path))
+        if self.use_repa and PROJECTOR_GROUP not in [
+            g.get("name") for g in checkpoint["optimizer_state_dict"]["param_groups"]
+        ]:
+            if checkpoint["global_step"] < (self.config.repa_stop or math.inf):
+                raise CheckpointError(
+                    f"{path} is from after the end of REPA (repa_stop {then.get('repa_stop')}), which is for good, but "
+                    f"repa_stop is now {self.config.repa_stop}: set it back to continue"
+                )
+            self._end_repa()
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
@@ -676,6 +850,15 @@ class FlexTokTrainer:
 # ----------------------------------------------------------------------------------------------------------- helpers
 
 
+def has_images(batch) -> bool:
+    """False for a batch of which everything that a step needs is cached."""
+    return not isinstance(batch, dict) or "image" in batch
+
+
+def batch_size(batch) -> int:
+    return len(batch_images(batch)) if has_images(batch) else len(batch["index"])
+
+
 def batch_images(batch) -> torch.Tensor:
     """The images [B, 3, H, W] of a batch: a dict with `image`, a tuple that begins with them, or the tensor itself."""
     if isinstance(batch, dict):
@@ -704,12 +887,9 @@ def item_image(item) -> torch.Tensor:
 
 def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
     """bf16 where the device computes in it; fp16 on older GPUs; None (fp32) on CPUs without bf16 instructions."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch cannot tell
-        return torch.bfloat16 if any(map(capabilities.get, ("avx512_bf16", "amx_bf16", "bf16"))) else None
-    return None
+    if computes_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else None
 
 
 def run_name(config: TrainConfig) -> str:
@@ -753,23 +933,13 @@ def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torc
             parts.append(f"{part} {state}")
         lines.append(("parameters", ", ".join(parts)))
     if config.use_repa:
-        from flextok.model.utils.repa_encoders import known_encoders
-        from flextok.model.utils.repa_loss import projector_parameters
-
-        facts = known_encoders()[config.repa_encoder_type]
-        size = config.repa_image_size or facts.image_size
-        grid = "x".join(str(n) for n in config.repa_target_size)
-        text = (
-            f"{config.repa_encoder_type} ({millions(facts.parameters)} frozen) at {size} px, compared "
-            f"on {grid} x {facts.dim}"
-        )
-        if model is not None:
-            text += f", projector {millions(projector_parameters(decoder.dim, facts.dim))} trained"
-        lines.append(("REPA", f"{text}, weight {config.repa_weight:g}"))
+        lines += repa_summary(config, model, device)
     else:
         lines.append(("REPA", "off"))
     n_val = len(val_dataset) if val_dataset is not None else 0
     source = config.dataset_name if config.data_path is None else f"{config.data_path} ({config.dataset_name})"
+    if config.use_repa and config.repa_cache:
+        lines += cache_summary(config, train_dataset, val_dataset, device)
     lines.append(
         ("data", f"{source}: {len(train_dataset)} training and {n_val} validation images, {config.img_size} px")
     )
@@ -785,7 +955,48 @@ def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torc
     lines.append(("run folder", str(run_dir)))
     if resume is not None:
         lines.append(("resume", str(resume)))
-    return "\n".join(f"  {label:<11} {text}" for label, text in lines)
+    return "\n".join(f"  {label:<13} {text}" for label, text in lines)
+
+
+def repa_summary(config: TrainConfig, model, device: torch.device) -> List[Tuple[str, str]]:
+    """The summary's lines on REPA."""
+    from flextok.model.utils.repa_encoders import encoder_dtype, encoder_facts
+    from flextok.model.utils.repa_loss import projector_parameters
+
+    facts = encoder_facts(config.repa_encoder_type, config.repa_image_size)
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[
+        encoder_dtype(config.repa_encoder_dtype, device)
+    ]
+    size = config.repa_target_size
+    if model is not None:
+        size = repa_target_size(config, model)
+    grid = size if size == "auto" else "x".join(map(str, size))
+    lines = [
+        (
+            "REPA",
+            f"{config.repa_encoder_type} ({facts.parameters / 1e6:.2f} M frozen, {dtype}) at {facts.image_size} px",
+        )
+    ]
+    text = f"on {grid} x {facts.dim}"
+    if model is not None:
+        transformer = model.decoder.module_dict["dec_transformer"]
+        layers = config.repa_layers or transformer.intermediate_layers
+        n = projector_parameters(transformer.dim, facts.dim, config.repa_projector, config.repa_projector_hidden)
+        of_layers = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        text = f"{of_layers} of the decoder {text}, projector {n * len(layers) / 1e6:.2f} M trained"
+    lines.append(("", f"{text}, weight {config.repa_weight:g}"))
+    if config.repa_stop is not None:
+        lines.append(("", f"until step {config.repa_stop}"))
+    return lines
+
+
+def cache_summary(config: TrainConfig, train_dataset, val_dataset, device: torch.device) -> List[Tuple[str, str]]:
+    """The summary's line on the feature cache; raises CacheError for one that does not fit the run."""
+    from flextok.data.caching import feature_plans
+
+    datasets = {"train": train_dataset, "val": val_dataset}
+    plans = feature_plans(config, {split: d for split, d in datasets.items() if d is not None}, device)
+    return [("feature cache" if split == "train" else "", plan.describe()) for split, plan in plans.items()]
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -824,7 +1035,7 @@ def main(arguments: argparse.Namespace) -> None:
         )
 
     if config.use_repa:
-        check_repa_settings(config)
+        check_repa_settings(config, device)
     train_dataset, val_dataset = build_datasets(config)
     model_config = known_model_config(config)
     with torch.device("meta"):
@@ -835,7 +1046,7 @@ def main(arguments: argparse.Namespace) -> None:
     if skeleton is not None:
         check_image_size(skeleton, config.img_size)
         if config.use_repa:
-            check_repa_model(skeleton)
+            check_repa_model(skeleton, config.repa_layers)
     print(summary(config, skeleton, train_dataset, val_dataset, device, run_dir, checkpoint), flush=True)
     if arguments.check:
         return

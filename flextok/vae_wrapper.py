@@ -119,18 +119,31 @@ class StableDiffusionVAE(nn.Module):
         """Write latents [B, C, H / 8, W / 8]; keeps those that are there unless `force_vae_encode`."""
         if not self.force_vae_encode and self.vae_latents_write_key in data_dict:
             return data_dict
-        images = data_dict[self.images_read_key]
+        posterior = self._posterior(data_dict[self.images_read_key])
+        if not self.frozen:
+            data_dict[self.vae_kl_loss_write_key] = posterior.kl().mean()
+        moments = torch.stack([posterior.mode(), posterior.std], dim=1)
+        data_dict[self.vae_latents_write_key] = self.latents_from_moments(moments, data_dict)
+        return data_dict
+
+    def moments(self, images: torch.Tensor) -> torch.Tensor:
+        """Mean and standard deviation of the posterior of images [B, 3, H, W]: float32 [B, 2, C, H / 8, W / 8]."""
+        posterior = self._posterior(images)
+        return torch.stack([posterior.mode(), posterior.std], dim=1).float()
+
+    def latents_from_moments(self, moments: torch.Tensor, data_dict: dict) -> torch.Tensor:
+        """Latents float32 [B, C, H / 8, W / 8] from what `moments` gives: a sample by address, or the mode."""
+        latents, std = moments.unbind(dim=1)
+        if self.sample_posterior:
+            noise = BatchRandom.of(data_dict, moments).normal("vae_posterior", latents.shape[1:])
+            latents = latents + std * noise.to(latents.dtype)
+        return latents.float() * self.scaling_factor
+
+    def _posterior(self, images: torch.Tensor):
+        """The diagonal Gaussian of images, in this module's precision."""
         _check_images(images, self.downsample_factor)
         with self._no_grad_if_frozen(), precision(images.device, self.dtype_override):
-            posterior = self._encode(images.to(self.dtype_override or images.dtype)).latent_dist
-            latents = posterior.mode()
-            if self.sample_posterior:
-                noise = BatchRandom.of(data_dict, images).normal("vae_posterior", latents.shape[1:])
-                latents = latents + posterior.std * noise.to(latents.dtype)
-            if not self.frozen:
-                data_dict[self.vae_kl_loss_write_key] = posterior.kl().mean()
-        data_dict[self.vae_latents_write_key] = latents.float() * self.scaling_factor
-        return data_dict
+            return self._encode(images.to(self.dtype_override or images.dtype)).latent_dist
 
     @dense_batches
     def decode(self, data_dict: dict) -> dict:

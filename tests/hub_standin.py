@@ -1,5 +1,6 @@
 """A stand-in for DINOv2's torch.hub repository: the real entry names, widths, patch size and weight files, and models
-of one convolution. It goes through the real torch.hub, in the layout of its cache."""
+of one convolution. It goes through the real torch.hub, in the layout of its cache. And a cached file of the Hugging
+Face Hub."""
 
 import io
 import zipfile
@@ -9,6 +10,7 @@ from typing import Dict, List
 from urllib.error import URLError
 
 import torch
+from safetensors.torch import save_file
 
 FOLDER = "facebookresearch_dinov2_main"
 
@@ -112,3 +114,20 @@ class FakeServers:
         response = io.BytesIO(self.answers[url])
         response.info = Message
         return response
+
+
+def write_hf_weights(
+    hub_cache: Path, repository: str, state: Dict[str, torch.Tensor], revision: str = "main", sha: str = "0" * 40
+) -> Path:
+    """Write weights into a cache of the Hugging Face Hub, as a download of `revision` leaves them; the snapshot's file.
+
+    Without links to blobs: the cache of a file system that has none.
+    """
+    folder = hub_cache / ("models--" + repository.replace("/", "--"))
+    path = folder / "snapshots" / sha / "model.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path)
+    if revision != sha:
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(sha)
+    return path

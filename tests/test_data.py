@@ -761,6 +761,9 @@ def config(**changes):
         "photos_train_crops": 12,
         "photos_val_crops": 5,
         "seed": 0,
+        "cache_latents": False,
+        "use_repa": False,
+        "repa_cache": False,
     }
     return SimpleNamespace(**{**settings, **changes})
 

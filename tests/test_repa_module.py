@@ -18,14 +18,17 @@ import torch.nn.functional as F
 from skimage.transform import resize as skimage_resize
 from torch import nn
 
-from flextok.model.utils import repa_encoders
+from flextok.model.utils import repa_encoders, repa_loss
 from flextok.model.utils.repa_encoders import EncoderUnavailable, FrozenEncoder, known_encoders, load_encoder
 from flextok.model.utils.repa_loss import (
     REPAModule,
     REPAProjector,
+    auto_target_size,
     constant_prediction_loss,
     negative_cosine_similarity,
     normalised_target_sum,
+    projector_parameters,
+    spatially_normalised,
 )
 from flextok.utils.random import generator
 
@@ -168,6 +171,105 @@ def test_constant_prediction_loss_equals_predicting_the_mean_direction_everywher
     # The mean cosine with the mean of unit vectors is the length of that mean.
     losses = [constant_prediction_loss(mean, batch) * batch[:, 0].numel() for batch in batches]
     assert (sum(losses) / 60).item() == pytest.approx(-np.linalg.norm(np.mean(unit, axis=0)), abs=1e-6)
+
+
+def test_projecting_before_resizing_is_the_documented_steps_in_the_other_order():
+    repa = REPAModule(10, target_size=(7, 6), hidden_dim=16, encoder=Pixels(), project_when="before_resize")
+    features = make_features(2, 4, 5, 10)
+    projected = np.stack([[numpy_projector(v, repa.projector) for v in row] for row in features[1].double().numpy()])
+    np.testing.assert_allclose(
+        repa.project(features)[1].permute(1, 2, 0).detach().numpy(), numpy_bilinear(projected, 7, 6), atol=1e-5
+    )
+
+
+def test_the_conv_projector_is_a_3x3_convolution_with_zeros_around():
+    repa = REPAModule(10, target_size=(4, 5), encoder=Pixels(), projector="conv")
+    features = make_features(1, 4, 5, 10)
+    assert sum(p.numel() for p in repa.projector.parameters()) == 12 * 10 * 9 + 12
+    assert projector_parameters(10, 12, "conv") == 12 * 10 * 9 + 12
+    weight = repa.projector.conv.weight.detach().numpy()  # [12, 10, 3, 3]
+    padded = np.pad(features[0].numpy(), ((1, 1), (1, 1), (0, 0)))
+    for i, j in ((0, 0), (3, 4), (1, 2)):
+        expected = np.einsum("ocij,ijc->o", weight, padded[i : i + 3, j : j + 3])
+        np.testing.assert_allclose(repa.project(features)[0, :, i, j].detach().numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
+def test_spatial_normalisation_follows_its_formula_per_image_and_channel(gamma):
+    features = make_features(2, 3, 4, 5) * 3 + 2
+    result = spatially_normalised(features, gamma).numpy()
+    for b in range(2):
+        for c in range(3):
+            x = features[b, c].double().numpy()
+            expected = (x - gamma * x.mean()) / (x.std(ddof=1) + 1e-6)
+            np.testing.assert_allclose(result[b, c], expected, atol=1e-5)
+
+
+def test_targets_are_normalised_on_the_encoders_grid_before_they_are_resized():
+    plain, normed = (REPAModule(10, target_size=(7, 6), encoder=Pixels(), spatial_norm=g) for g in (None, 0.6))
+    images = make_images()
+    normed.encoder = plain.encoder
+    expected = F.interpolate(spatially_normalised(plain.encoder(images), 0.6), (7, 6), mode="bilinear")
+    assert torch.equal(normed.target_features(images), expected)
+    assert not torch.allclose(plain.target_features(images), expected, atol=0.1)
+
+
+def test_several_layers_have_a_projector_each_and_the_loss_is_the_mean():
+    repa = REPAModule(10, target_size=(4, 5), hidden_dim=16, encoder=Pixels(), n_layers=3)
+    one = REPAModule(10, target_size=(4, 5), hidden_dim=16, encoder=Pixels())
+    features, images = make_features(2, 4, 5, 30), make_images()
+    target = repa.target_features(images)
+    losses = repa.layer_losses(features, target)
+    for i in range(3):
+        projected = repa.projector[i](features[..., 10 * i : 10 * (i + 1)]).permute(0, 3, 1, 2)
+        assert torch.equal(losses[i], negative_cosine_similarity(projected, target))
+    assert torch.equal(repa(features, images), sum(losses) / 3) or repa(features, images) == pytest.approx(
+        float(sum(losses)) / 3
+    )
+    assert torch.equal(repa.projector[0].layers[0].weight, one.projector.layers[0].weight)
+    assert not torch.equal(repa.projector[0].layers[0].weight, repa.projector[1].layers[0].weight)
+    with pytest.raises(ValueError, match=r"\[2, 4, 5, 20\], expected 3 x 10 channels"):
+        repa.layer_losses(features[..., :20], target)
+
+
+def test_the_finer_of_two_grids_is_the_automatic_target_size():
+    assert auto_target_size((37, 37), (16, 16)) == (37, 37)
+    assert auto_target_size((7, 7), (16, 16)) == (16, 16)
+
+
+def test_features_given_later_make_the_same_targets_and_a_freed_encoder_gives_no_more(repa):
+    images = make_images()
+    features, target = repa.encoder_features(images), repa.target_features(images)
+    repa.encoder = None
+    assert repa.encoder is None
+    assert torch.equal(repa.targets(features), target)
+    with pytest.raises(RuntimeError, match="pixels was freed"):
+        repa.target_features(images)
+
+
+def test_the_encoder_is_loaded_when_it_is_first_asked_for_and_goes_where_the_module_is(cached_hub, monkeypatch):
+    calls = []
+    load = repa_loss.load_encoder
+    monkeypatch.setattr(repa_loss, "load_encoder", lambda *args: calls.append(args) or load(*args))
+    repa = REPAModule(10, "dinov2_vits14", hidden_dim=16)
+    assert repa.encoder_dim == 384 and not calls
+    encoder = repa.encoder
+    assert len(calls) == 1 and repa.encoder is encoder and len(calls) == 1
+    assert all(not p.requires_grad for p in encoder.parameters()) and not encoder.training
+    repa.encoder = None
+    assert repa.encoder is None and len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(projector="mpl"), "repa_projector is 'mpl', expected one of mlp, conv"),
+        (dict(project_when="later"), "repa_project is 'later', expected after_resize or before_resize"),
+    ],
+)
+def test_unknown_choices_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        REPAModule(10, encoder=Pixels(), **settings)
 
 
 def test_bfloat16_autocast_gives_a_float32_loss_close_to_the_float32_one(repa):
@@ -446,7 +548,7 @@ def test_a_cached_repository_fetches_missing_weights_only(cached_hub, monkeypatc
 
 def test_without_cache_and_network_one_error_says_what_to_copy_where(hub_dir):
     with pytest.raises(EncoderUnavailable) as error:
-        REPAModule(10, "dinov2_vitl14")
+        REPAModule(10, "dinov2_vitl14").encoder
     message = str(error.value)
     assert "no network in this test" in message and "GitHub" in message
     assert f"torch.hub cache, {hub_dir} (TORCH_HOME moves it)" in message

@@ -234,6 +234,29 @@ def resolve_item(item: Item, n_images: int) -> tuple[int, int, int, bool]:
     return index, 0, index, False
 
 
+def collate(items: Sequence[dict]) -> dict:
+    """Join dataset items into a batch.
+
+    Returns:
+        `image` float32 [B, 3, S, S] if the items have images, `index` and `position` long [B], `flip` bool [B],
+        `broken` list of paths.
+    """
+    batch = {
+        "index": torch.tensor([item["index"] for item in items]),
+        "position": torch.tensor([item["position"] for item in items]),
+        "flip": torch.tensor([item["flip"] for item in items]),
+        "broken": [path for item in items for path in item["broken"]],
+    }
+    if "image" in items[0]:
+        batch["image"] = torch.stack([item["image"] for item in items])
+    return batch
+
+
+def drawn_flip(seed: int, step: int, position: int) -> bool:
+    """Whether the image at this address is mirrored, where mirroring is on."""
+    return uniform_number(seed, "flip", step, position) < 0.5
+
+
 def digest(lines: Iterable[str]) -> str:
     """A short hexadecimal fingerprint of some lines of text."""
     hasher = hashlib.blake2b(digest_size=8)
@@ -289,7 +312,7 @@ class ImageFolderDataset(Dataset):
         first, step, position, augment = resolve_item(item, len(self))
         index, picture, broken = self._read_from(first)
         place = uniform_number(self.seed, "crop", step, position) if augment and self.random_crop else 0.5
-        flip = augment and self.flip and uniform_number(self.seed, "flip", step, position) < 0.5
+        flip = augment and self.flip and drawn_flip(self.seed, step, position)
         image = image_to_tensor(picture, self.img_size, (place, place))
         return {
             "image": image.flip(-1) if flip else image,
@@ -318,6 +341,18 @@ class ImageFolderDataset(Dataset):
         """Fingerprint of what the dataset holds: names and sizes of files, img_size, random_crop. Reads no file."""
         settings = f"{self.img_size} {self.random_crop}"
         return digest([settings, *(f"{name} {_file_size(path)}" for name, path in zip(self.names, self.paths))])
+
+    def content_probe(self, n: int = 16) -> str:
+        """Fingerprint of the bytes of n files, evenly spread: tells apart images of the same names and sizes."""
+        chosen = range(0, len(self), -(-len(self) // n))
+        return digest(hashlib.blake2b(_file_bytes(self.paths[i]), digest_size=8).hexdigest() for i in chosen)
+
+
+def _file_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _file_size(path: Path) -> int:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any, Iterable, Iterator, Optional, Sequence, Union
+from typing import Any, Iterable, Iterator, Optional, Union
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..utils.config import ConfigError
 from ..utils.errors import UserError
 from ..utils.random import generator
-from .images import ImageFolderDataset, list_images, split_paths
+from .caching import CachedDataset
+from .images import ImageFolderDataset, collate, list_images, split_paths
 from .photos import PhotoCrops
 
 logger = logging.getLogger(__name__)
@@ -118,21 +119,6 @@ class GlobalBatchSampler(Sampler):
                 yield [(order[start + position], step, position) for position in positions]
 
 
-def collate(items: Sequence[dict]) -> dict:
-    """Join dataset items into a batch.
-
-    Returns:
-        `image` float32 [B, 3, S, S], `index` and `position` long [B], `flip` bool [B], `broken` list of paths.
-    """
-    return {
-        "image": torch.stack([item["image"] for item in items]),
-        "index": torch.tensor([item["index"] for item in items]),
-        "position": torch.tensor([item["position"] for item in items]),
-        "flip": torch.tensor([item["flip"] for item in items]),
-        "broken": [path for item in items for path in item["broken"]],
-    }
-
-
 def build_loader(
     dataset: Dataset, sampler: GlobalBatchSampler, num_workers: int, device: Union[str, torch.device]
 ) -> DataLoader:
@@ -145,7 +131,7 @@ def build_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=dataset.collate if isinstance(dataset, CachedDataset) else collate,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=num_workers > 0,
         prefetch_factor=2 if num_workers > 0 else None,
@@ -174,10 +160,20 @@ def build_loaders(
 def build_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
     """The training and the validation dataset of a configuration; no validation dataset if its split is empty.
 
+    With `cache_latents`, or `use_repa` and `repa_cache`, they are CachedDatasets.
+
     Args:
         config: Has dataset_name (`photos`, `celebahq`, or any other name for a folder), data_path, img_size,
-            use_augmentation (mirrored images), random_crop, val_fraction, photos_train_crops, photos_val_crops, seed.
+            use_augmentation (mirrored images), random_crop, val_fraction, photos_train_crops, photos_val_crops, seed,
+            and the settings above.
     """
+    train, val = _build_image_datasets(config)
+    if config.cache_latents or (config.use_repa and config.repa_cache):
+        return CachedDataset(train, "train"), CachedDataset(val, "val") if val is not None else None
+    return train, val
+
+
+def _build_image_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
     if config.dataset_name == "photos":
         train = PhotoCrops(
             "train", config.img_size, config.photos_train_crops, flip=config.use_augmentation, seed=config.seed

@@ -4,6 +4,7 @@ Both views of the motorcycle pair show one scene, so only the left one is used. 
 vertical line: the left three fifths are for training, the right two fifths for validation.
 """
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..utils.random import uniform_number
-from .images import Item, digest, load_image, pixels_to_tensor, resolve_item
+from .images import Item, digest, drawn_flip, load_image, pixels_to_tensor, resolve_item
 
 PIP_NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 PHOTOS = {
@@ -113,7 +114,7 @@ class PhotoCrops(Dataset):
 
     def __getitem__(self, item: Item) -> dict:
         index, step, position, augment = resolve_item(item, len(self))
-        flip = augment and self.flip and uniform_number(self.seed, "flip", step, position) < 0.5
+        flip = augment and self.flip and drawn_flip(self.seed, step, position)
         image = pixels_to_tensor(self.crops[index])
         return {
             "image": image.flip(-1) if flip else image,
@@ -126,3 +127,7 @@ class PhotoCrops(Dataset):
     def identity(self) -> str:
         """Fingerprint of what the dataset holds: the windows and img_size."""
         return digest([f"photos {self.img_size}", *self.names])
+
+    def content_probe(self) -> str:
+        """Fingerprint of the pixels of the first windows."""
+        return digest([hashlib.blake2b(self.crops[: len(PHOTOS)].tobytes(), digest_size=8).hexdigest()])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import re
 import types
 import typing
@@ -17,9 +18,13 @@ from .checkpoints import CONFIG_FILE
 SPECIAL_DATASETS = ("celebahq", "photos")  # any other name is a folder of images
 
 
-def setting(default: Any, help: str, choices=None, minimum=None, maximum=None, above=None):
-    """A field with its meaning and limits; `above` is an exclusive lower limit."""
-    metadata = dict(help=help, choices=choices, minimum=minimum, maximum=maximum, above=above)
+def setting(default: Any, help: str, choices=None, minimum=None, maximum=None, above=None, word=None, source=""):
+    """A field with its meaning and limits.
+
+    `above` is an exclusive lower limit, `word` one word that is allowed besides the field's type, `source` the paper
+    or document that the setting comes from.
+    """
+    metadata = dict(help=help, choices=choices, minimum=minimum, maximum=maximum, above=above, word=word, source=source)
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -116,30 +121,91 @@ class TrainConfig:
         minimum=0, maximum=1,
     )  # fmt: skip
 
+    # Caches of what frozen networks compute
+    cache_latents: bool = setting(
+        False,
+        "Compute each image's latent distribution (mean, std) by the VAE once, in the first epoch, then read it from "
+        "`cache_dir`; latents are still sampled anew in each step.",
+    )
+    cache_dir: str = setting("cache", "Folder of the caches (`cache_latents`, `repa_cache`); runs can share it.")
+
     # REPA
-    use_repa: bool = setting(False, "Align a decoder layer with a frozen vision encoder (arXiv 2410.06940).")
-    repa_weight: float = setting(1.0, "Weight of the REPA loss: loss = flow_loss + repa_weight * repa_loss.", above=0)
+    use_repa: bool = setting(
+        False, "Align a decoder layer with a frozen vision encoder.", source="REPA, arXiv 2410.06940"
+    )
+    repa_weight: float = setting(
+        1.0, "Weight of the REPA loss: loss = flow_loss + repa_weight * repa_loss.", above=0,
+        source="REPA",
+    )  # fmt: skip
     repa_encoder_type: str = setting(
         "dinov2_vitl14",
-        "Frozen encoder: dinov2_vits14, vitb14, vitl14 or vitg14, each with _reg, or efficientnet_lite0.",
+        "Frozen encoder: dinov2_vits14, vitb14, vitl14 or vitg14, each with _reg; `timm:NAME` for any timm model with "
+        "a feature grid; efficientnet_lite0.",
+        source="DINOv2, arXiv 2304.07193; FlexTok used L",
     )
     repa_encoder_dim: Optional[int] = setting(
         None, "Channels of the encoder's features (S 384, B 768, L 1024, G 1536); null: ask the encoder.", minimum=1
     )
-    repa_target_size: List[int] = setting(
-        [37, 37], "Height and width of the grid on which features are compared.", minimum=1
+    repa_target_size: Union[List[int], str] = setting(
+        [37, 37],
+        "Height and width of the grid on which features are compared; `auto`: the encoder's grid or the decoder's, "
+        "whichever is finer.",
+        minimum=1, word="auto", source="37 = 518 px / 14",
+    )  # fmt: skip
+    repa_lr: float = setting(1e-4, "Learning rate of the REPA projector.", above=0, source="REPA")
+    repa_layers: Optional[List[int]] = setting(
+        None,
+        "Decoder layers to align, 0 the first, with one projector each; the loss is their mean. null: those that the "
+        "model's config keeps (published models: [1]).",
+        minimum=0, source="[1]: FlexTok",
+    )  # fmt: skip
+    repa_projector: str = setting(
+        "mlp", "`mlp`: three linear layers with SiLU; `conv`: one 3x3 convolution.", choices=("mlp", "conv"),
+        source="mlp: REPA; conv: iREPA, arXiv 2512.10794",
+    )  # fmt: skip
+    repa_projector_hidden: int = setting(
+        2048, "Width of the MLP projector between its layers.", minimum=1, source="REPA"
     )
-    repa_lr: float = setting(1e-4, "Learning rate of the REPA projector.", above=0)
+    repa_project: str = setting(
+        "after_resize",
+        "Project the decoder's features after resizing them to repa_target_size, or before: fewer positions, less work "
+        "(256 px: 16x16 instead of 37x37).",
+        choices=("after_resize", "before_resize"),
+    )
+    repa_spatial_norm: bool = setting(
+        False, "Normalise the encoder's features over positions: (x - gamma * mean) / std, per image and channel.",
+        source="iREPA",
+    )  # fmt: skip
+    repa_spatial_norm_gamma: float = setting(
+        0.6, "Gamma of repa_spatial_norm.", minimum=0, maximum=1, source="iREPA: 0.6"
+    )
+    repa_warmup_steps: int = setting(0, "Steps over which the weight rises linearly from 0.", minimum=0)
+    repa_cooldown_steps: int = setting(0, "Steps before repa_stop over which the weight falls to 0.", minimum=0)
+    repa_cooldown: str = setting("cosine", "Course of the cool-down.", choices=("linear", "cosine"))
+    repa_stop: Optional[int] = setting(
+        None,
+        "Step from which there is no alignment any more: the encoder is freed, the projector not trained. null: never.",
+        minimum=1, source="HASTE, arXiv 2505.16792",
+    )  # fmt: skip
+    repa_cache: bool = setting(
+        False,
+        "Compute the encoder's features of each image (and of its mirror image) once, in the first epoch, then read "
+        "them from `cache_dir`.",
+    )
     repa_image_size: Optional[int] = setting(
         None, "Side in pixels of the images that the encoder sees; null: its own (518 for DINOv2).", minimum=1
     )
-    repa_encoder_repo: Optional[str] = setting(
-        None, "Folder with the encoder's hubconf.py, for machines without network."
-    )
+    repa_encoder_dtype: str = setting(
+        "auto", "What the encoder computes in; auto: bf16 where the device has it, else fp32.",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )  # fmt: skip
+    repa_encoder_repo: Optional[str] = setting(None, "Folder with DINOv2's hubconf.py, for machines without network.")
     repa_encoder_weights: Optional[str] = setting(
-        None, "File with the encoder's weights (.pth), for machines without network."
+        None, "File with the encoder's weights (.pth, .safetensors), for machines without network."
     )
-    repa_encoder_revision: Optional[str] = setting(None, "Branch, tag or commit of the encoder's repository.")
+    repa_encoder_revision: Optional[str] = setting(
+        None, "Branch, tag or commit of the encoder's repository (GitHub for DINOv2, the Hub for timm)."
+    )
     repa_constant_images: int = setting(
         1000, "Training images that the constant prediction (val/repa_loss_constant) is fitted to; 0: not computed.",
         minimum=0,
@@ -177,13 +243,16 @@ class TrainConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        for key in ("model_name", "data_path", "checkpoint_dir", "resume", "repa_encoder_repo", "repa_encoder_weights"):
+        for key in (
+            "model_name", "data_path", "checkpoint_dir", "cache_dir", "resume", "repa_encoder_repo",
+            "repa_encoder_weights",
+        ):  # fmt: skip
             if (getattr(self, key) or "").startswith("~"):
                 setattr(self, key, str(Path(getattr(self, key)).expanduser()))
         if len(self.betas) != 2 or max(self.betas) >= 1:
             raise ConfigError(f"betas is {self.betas}, expected two numbers below 1, e.g. [0.9, 0.99]")
-        if len(self.repa_target_size) != 2:
-            raise ConfigError(f"repa_target_size is {self.repa_target_size}, expected [height, width]")
+        if self.repa_target_size != "auto" and len(self.repa_target_size) != 2:
+            raise ConfigError(f"repa_target_size is {self.repa_target_size}, expected [height, width] or auto")
         if not (self.train_encoder or self.train_decoder or self.train_vae):
             raise ConfigError("train_encoder, train_decoder and train_vae are all false: there is nothing to train")
         known = re.sub("[^a-z0-9]", "", self.dataset_name.lower())
@@ -202,6 +271,42 @@ class TrainConfig:
                     )
         if self.model is not None:
             _check_model_arguments(self.model)
+        self._check_repa_schedule()
+        self._check_caches()
+
+    def _check_repa_schedule(self) -> None:
+        warmup, cooldown, stop = self.repa_warmup_steps, self.repa_cooldown_steps, self.repa_stop
+        if stop is None and cooldown:
+            raise ConfigError(
+                f"repa_cooldown_steps is {cooldown}, but repa_stop is null: set the step at which it ends"
+            )
+        if stop is not None and warmup + cooldown > stop:
+            raise ConfigError(
+                f"repa_warmup_steps {warmup} and repa_cooldown_steps {cooldown} together are more than repa_stop "
+                f"{stop}, the step at which the cool-down ends: shorten them, or stop later"
+            )
+        if self.repa_layers is not None and len(set(self.repa_layers)) != len(self.repa_layers or [0, 0]):
+            raise ConfigError(f"repa_layers is {self.repa_layers}, expected different layers, at least one, or null")
+
+    def _check_caches(self) -> None:
+        for key in ("cache_latents", "repa_cache"):
+            if getattr(self, key) and self.random_crop:
+                raise ConfigError(
+                    f"{key} is true, but random_crop too, so that an image would have other values in every epoch: set "
+                    "one of them to false (use_augmentation may stay: mirrored images are cached too)"
+                )
+        if self.cache_latents and self.train_vae:
+            raise ConfigError("cache_latents is true, but train_vae too: the latents of a VAE that is trained change")
+
+    def repa_weight_factor(self, step: int) -> float:
+        """Share of repa_weight in force in the optimizer step with this number, from 0; 0 from repa_stop on."""
+        if self.repa_stop is not None and step >= self.repa_stop:
+            return 0.0
+        factor = min(1.0, (step + 1) / self.repa_warmup_steps) if self.repa_warmup_steps else 1.0
+        if self.repa_cooldown_steps:
+            left = min(1.0, (self.repa_stop - step) / self.repa_cooldown_steps)  # from 1 to 0, which is at repa_stop
+            factor *= left if self.repa_cooldown == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+        return factor
 
     def learning_rates(self) -> Dict[str, float]:
         """Base learning rate of each optimizer group in use."""
@@ -246,6 +351,7 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
+    limits = field.metadata
     kind = next(option for option in options if option is not type(None))
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     scalar = arguments[0] if origin is list else kind
@@ -258,6 +364,10 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     }.get(scalar if origin is not dict else dict)
     if origin is list:
         expected = f"a list of {expected.removeprefix('a ')}s"
+    if limits["word"] is not None:
+        expected += f" or {limits['word']}"
+        if value == limits["word"]:
+            return value
     if type(None) in options:
         expected += " or null"
 
@@ -275,7 +385,6 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
         value = [convert(item) for item in value]
     else:
         value = convert(value)
-    limits = field.metadata
     if limits["choices"] is not None and value not in limits["choices"]:
         raise ConfigError(
             f"{field.name} is {value!r}, expected one of "
@@ -375,15 +484,17 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 
 def settings_table(names: typing.Sequence[str]) -> str:
-    """Markdown table of settings: name, default, meaning."""
-    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    """Markdown table of settings: name, default, meaning, and source where any has one."""
     defaults = TrainConfig()
-    for field in dataclasses.fields(TrainConfig):
-        if field.name in names:
-            default = getattr(defaults, field.name)
-            text = yaml.safe_dump(default, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
-            rows.append(f"| `{field.name}` | `{text}` | {field.metadata['help']} |")
-    return "\n".join(rows)
+    fields = [field for field in dataclasses.fields(TrainConfig) if field.name in names]
+    columns = ["setting", "default", "meaning", "source"][: 4 if any(f.metadata["source"] for f in fields) else 3]
+    rows = [columns]
+    for field in fields:
+        default = getattr(defaults, field.name)
+        text = yaml.safe_dump(default, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+        rows.append([f"`{field.name}`", f"`{text}`", field.metadata["help"], field.metadata["source"]][: len(columns)])
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(columns), *body])
 
 
 if __name__ == "__main__":  # the tables of README.md and README_REPA.md

@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Optional
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..flextok_wrapper import CONFIG_NAME, WEIGHTS_NAME, FlexTokFromHub, flat_config
 from ..model.builder import PRESETS, build_config, preset_config, with_fsq_levels
+from ..model.preprocessors.patching import PatchEmbedder
 from ..utils.checkpoint import CheckpointError, build_model, load_safetensors, parse_metadata
 from ..utils.config import ConfigError
 from ..utils.modules import evaluating
@@ -135,8 +136,12 @@ def check_image_size(model: nn.Module, img_size: int) -> None:
             raise ConfigError(f"img_size {img_size} does not fit the model: {error}") from error
 
 
-def check_repa_model(model: nn.Module) -> None:
-    """Raise ConfigError unless the decoder keeps an activation for REPA and can unpack it."""
+def check_repa_model(model: nn.Module, layers: Optional[List[int]] = None) -> List[int]:
+    """The decoder layers that REPA aligns: `layers`, by default those that the model's config keeps.
+
+    Raises:
+        ConfigError: The decoder keeps no activation and cannot unpack one, or has no such layer.
+    """
     modules = model.decoder.module_dict
     for name in ("dec_transformer", "dec_repa_unpacker"):
         if name not in modules:
@@ -144,23 +149,42 @@ def check_repa_model(model: nn.Module) -> None:
                 f"use_repa is true, but the model's decoder has no {name!r}: use a model whose config has it"
             )
     transformer = modules["dec_transformer"]
-    if transformer.intermediate_layer_write_key is None or not transformer.intermediate_layers:
+    layers = transformer.intermediate_layers if layers is None else layers
+    if transformer.intermediate_layer_write_key is None or not layers:
         raise ConfigError(
             "use_repa is true, but dec_transformer keeps no intermediate layer: its config needs "
             "intermediate_layer_write_key: dec_packed_seq_repa_layer and intermediate_layers: [1]"
         )
-    if len(transformer.intermediate_layers) > 1:
-        raise ConfigError(
-            f"use_repa is true, but dec_transformer keeps layers {transformer.intermediate_layers}: REPA takes one"
-        )
+    if max(layers) >= transformer.depth:
+        raise ConfigError(f"repa_layers is {layers}, but the decoder has the layers 0 to {transformer.depth - 1}")
+    return list(layers)
 
 
-def check_repa_settings(config: TrainConfig) -> None:
-    """Raise ConfigError unless encoder, dimensions and image size fit each other; loads nothing."""
-    from ..model.utils.repa_encoders import check_encoder_settings
+def decoder_grid(model: nn.Module, img_size: int) -> Tuple[int, int]:
+    """Rows and columns of the decoder's patches for square images of this size."""
+    embedder = next(module for module in model.decoder.modules() if isinstance(module, PatchEmbedder))
+    latents = img_size // model.vae.downsample_factor
+    return latents // embedder.patch_sizes[0], latents // embedder.patch_sizes[1]
+
+
+def repa_target_size(config: TrainConfig, model: nn.Module) -> Tuple[int, int]:
+    """The grid (H, W) that `repa_target_size` means for this model."""
+    if config.repa_target_size != "auto":
+        return tuple(config.repa_target_size)
+    from ..model.utils.repa_encoders import encoder_facts
+    from ..model.utils.repa_loss import auto_target_size
+
+    facts = encoder_facts(config.repa_encoder_type, config.repa_image_size)
+    return auto_target_size(facts.grid, decoder_grid(model, config.img_size))
+
+
+def check_repa_settings(config: TrainConfig, device: torch.device) -> None:
+    """Raise ConfigError unless encoder, dimensions, image size and dtype fit each other; loads nothing."""
+    from ..model.utils.repa_encoders import check_encoder_settings, encoder_dtype
 
     try:
         check_encoder_settings(config.repa_encoder_type, config.repa_encoder_dim, config.repa_image_size)
+        encoder_dtype(config.repa_encoder_dtype, device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for key in ("repa_encoder_repo", "repa_encoder_weights"):

@@ -1,0 +1,58 @@
+"""`python -m flextok.benchmark NAME`: prints a table, and writes JSON where --json says."""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from ..utils.dtypes import DTYPES, computes_bf16
+from . import repa
+
+BENCHMARKS = {"repa": (repa, "REPA: step time online and from the cache, memory, checkpoint and cache sizes")}
+
+
+def machine(device: torch.device) -> str:
+    """What the figures were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_info() -> list:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flextok.benchmark", description="Measure speed and memory.")
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    for name, (module, text) in BENCHMARKS.items():
+        benchmark = benchmarks.add_parser(name, help=text)
+        benchmark.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+        benchmark.add_argument("--dtype", choices=sorted(DTYPES), help="fp32 or autocast (default: bf16 if it is fast)")
+        benchmark.add_argument("--batch-sizes", type=int, nargs="+", default=[4], help="default: 4")
+        benchmark.add_argument("--rounds", type=int, default=5, help="rounds in which the arms take turns (default: 5)")
+        benchmark.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
+        module.add_arguments(benchmark)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = DTYPES[arguments.dtype or ("bf16" if computes_bf16(device) else "fp32")]
+    about = {
+        "benchmark": arguments.benchmark,
+        "machine": machine(device),
+        "dtype": str(dtype),
+        "torch": torch.__version__,
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    result = BENCHMARKS[arguments.benchmark][0].run(arguments, device, dtype)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({**about, **result}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""What REPA costs: step time with and without it, online and from the cache, memory, checkpoints, cache sizes."""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from train_flextok import FlexTokTrainer
+
+from ..data.record_cache import RecordCache, cache_bytes
+from ..flextok_wrapper import FlexTokFromHub
+from ..model.builder import preset_config
+from ..model.utils.repa_encoders import FrozenEncoder, encoder_facts, known_encoders
+from ..model.utils.repa_loss import REPAModule, projector_parameters
+from ..training.config import TrainConfig
+from ..training.models import new_model_config
+from ..utils.modules import count_parameters
+from .timing import alternate, ratio, spread
+
+IMG_SIZE = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="d12-d12", help="model: d12-d12, d18-d18 or d18-d28 (default: %(default)s)")
+    parser.add_argument(
+        "--encoder", default="dinov2_vitl14", help="its size, with random weights (default: %(default)s)"
+    )
+    parser.add_argument("--image-size", type=int, help="repa_image_size (default: the encoder's own)")
+
+
+class CachedBatches:
+    """Batches as a loader gives them, with latents; features are read from a RecordCache on disk."""
+
+    def __init__(self, folder: Path, grid, dim: int, batch_size: int, latent_shape, n_images: int = 32):
+        self.cache = RecordCache.create(folder, {}, n_images, 2, (*grid, dim))
+        values = torch.randn(n_images, 2, *grid, dim, generator=torch.Generator().manual_seed(0))
+        self.cache.write(torch.arange(n_images), values.half())
+        self.cache.flush()
+        draws = torch.Generator().manual_seed(1)
+        self.images = torch.rand(batch_size, 3, IMG_SIZE, IMG_SIZE, generator=draws) * 2 - 1
+        self.moments = torch.randn(batch_size, 2, *latent_shape, generator=draws) * 0.5
+        self.index = torch.randperm(n_images, generator=draws)[:batch_size]
+        self.flip = torch.arange(batch_size) % 2 == 0
+
+    def batch(self, features: bool, images: bool) -> dict:
+        batch = {"index": self.index, "flip": self.flip, "position": torch.arange(len(self.index)), "split": "train",
+                 "broken": [], "latents": self.moments}  # fmt: skip
+        if features:
+            batch["features"] = self.cache.read(self.index, self.flip)
+        if images:
+            batch["image"] = self.images
+        return batch
+
+
+def random_encoder(name: str, image_size: int, dtype: torch.dtype) -> FrozenEncoder:
+    """The architecture of a DINOv2 from timm, with random weights: the same work, nothing to download."""
+    import timm
+
+    facts = encoder_facts(name, image_size)
+    timm_name = f"vit_{ {'s': 'small', 'b': 'base', 'l': 'large', 'g': 'giant'}[name[10]] }_patch14_dinov2"
+    model = timm.create_model(timm_name, pretrained=False, num_classes=0, img_size=facts.image_size)
+
+    def features(model, images):
+        return model.forward_features(images)[:, 1:].transpose(1, 2).unflatten(2, facts.grid)
+
+    return FrozenEncoder(
+        name, model, features, facts.dim, facts.patch_size, facts.image_size, facts.mean, facts.std, dtype
+    )
+
+
+def step_arms(trainer: FlexTokTrainer, data: CachedBatches, encoder: FrozenEncoder) -> Dict[str, Callable[[], Any]]:
+    """A training step (forward, backward, clipping, AdamW) without REPA and with it in each form, and REPA's parts."""
+
+    def step(active: bool, project_when: str = "after_resize", online: bool = False) -> None:
+        trainer.repa_ended, trainer.repa_module.project_when = not active, project_when
+        trainer.feature_cache = None if online else lambda batch, images, device: batch["features"].to(device)
+        trainer.update([data.batch(features=active and not online, images=online)])
+
+    device, module = trainer.device, trainer.repa_module
+    images = data.images.to(device)
+    grid = (IMG_SIZE // 16, IMG_SIZE // 16)
+    decoder_features = torch.randn(len(images), *grid, module.decoder_dim, device=device, requires_grad=True)
+    target = torch.randn(len(images), module.encoder_dim, *module.target_size, device=device)
+
+    def project(project_when: str) -> None:
+        module.project_when = project_when
+        with trainer.autocast():
+            loss = torch.stack(module.layer_losses(decoder_features, target)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        trainer.optimizer.step()  # the model's parameters have no gradients, so that only the projector's are updated
+        trainer.optimizer.zero_grad(set_to_none=True)
+
+    return {
+        "no REPA": lambda: step(False),
+        "cached, before_resize": lambda: step(True, "before_resize"),
+        "cached, after_resize": lambda: step(True, "after_resize"),
+        "online, after_resize": lambda: step(True, "after_resize", online=True),
+        "encoder alone": lambda: encoder(images),
+        "projector alone, after_resize": lambda: project("after_resize"),
+    }
+
+
+def build_trainer(preset: str, batch_size: int, autocast: bool, device: torch.device, encoder: FrozenEncoder):
+    """A trainer with latents and features given; the model's weights are random."""
+    config = dict(
+        model=dict(preset=preset), img_size=IMG_SIZE, batch_size=batch_size, use_amp=autocast, use_repa=True,
+        repa_encoder_type=encoder.name, repa_image_size=encoder.image_size, use_wandb=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        model = FlexTokFromHub(preset_config(preset, vae_hub_path=None))
+    images = TensorDataset(torch.zeros(1000 * batch_size, 1).expand(-1, 3)[:, :, None, None])
+    trainer = FlexTokTrainer(config, model, DataLoader(images, batch_size), None, device)
+    trainer.repa_module.encoder = encoder
+    trainer.latent_cache = lambda batch, images, device: batch["latents"].to(device)
+    return trainer
+
+
+def kept_for_backward(run: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass of `run()`, besides the parameters."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    sizes: Dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()  # alive until here, so that no address is used twice
+    del result
+    return sum(sizes.values())
+
+
+def projector_memory(decoder_dim: int, encoder: str, autocast: Callable[[], Any]) -> Dict[str, int]:
+    """Bytes per image that the projector and the loss keep for the backward pass, by `repa_project`."""
+    per_image = {}
+    for project_when in ("after_resize", "before_resize"):
+        module = REPAModule(decoder_dim, encoder, project_when=project_when)
+
+        def kept(batch_size: int) -> int:
+            features = torch.randn(batch_size, IMG_SIZE // 16, IMG_SIZE // 16, decoder_dim)
+            target = torch.randn(batch_size, module.encoder_dim, *module.target_size)
+
+            def loss():
+                with autocast():
+                    return module.layer_losses(features, target)[0]
+
+            return kept_for_backward(loss, module.parameters())
+
+        per_image[project_when] = kept(2) - kept(1)  # what is kept per step, such as weights cast to bf16, drops out
+    return per_image
+
+
+def checkpoint_growth(device: torch.device) -> Dict[str, int]:
+    """Bytes of a small run's checkpoint with and without REPA, after one step, and what the projector accounts for."""
+    sizes = {}
+    for use_repa in (False, True):
+        model = dict(encoder_depth=2, decoder_depth=3, encoder_width=64, decoder_width=64, n_registers=8, vae="pixel")
+        config = dict(
+            model=model, img_size=32, batch_size=2, use_repa=use_repa, repa_encoder_type="efficientnet_lite0",
+            use_wandb=False, repa_image_size=64, repa_target_size=[4, 4], warmup_steps=1, scheduler="none",
+        )  # fmt: skip
+        loader = DataLoader(TensorDataset(torch.zeros(2, 3, 32, 32)), 2)
+        with tempfile.TemporaryDirectory() as folder:
+            model = FlexTokFromHub(new_model_config(TrainConfig.from_dict(config)))
+            trainer = FlexTokTrainer(config, model, loader, None, device, Path(folder))
+            trainer.update([torch.zeros(2, 3, 32, 32)])
+            sizes[use_repa] = trainer.save_checkpoint().stat().st_size
+    projector = count_parameters(trainer.repa_module.projector)
+    return {"without": sizes[False], "with": sizes[True], "projector_and_moments": 12 * projector}
+
+
+def memory_tables() -> List[dict]:
+    """Sizes of encoders, projectors and caches; computed, not measured."""
+    rows = []
+    for name, known in known_encoders().items():
+        if name.endswith("_reg"):
+            continue
+        for image_size in sorted({known.image_size, 224}):
+            facts = encoder_facts(name, image_size)
+            rows.append({
+                "encoder": name, "image_size": image_size, "grid": list(facts.grid), "parameters": facts.parameters,
+                "bytes_fp32": 4 * facts.parameters, "bytes_bf16": 2 * facts.parameters,
+                "cache_bytes_per_1000_images": cache_bytes(1000, 2, (*facts.grid, facts.dim)),
+                "projector_parameters": {D: projector_parameters(D, facts.dim) for D in (768, 1152, 1792)},
+            })  # fmt: skip
+    return rows
+
+
+def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
+    """All measurements as plain numbers; prints them."""
+    facts = encoder_facts(arguments.encoder, arguments.image_size)
+    autocast = dtype != torch.float32
+    encoder = random_encoder(arguments.encoder, arguments.image_size, dtype).to(device)
+    result: Dict[str, Any] = {"preset": arguments.preset, "encoder": arguments.encoder, "image_size": facts.image_size}
+    for batch_size in arguments.batch_sizes:
+        trainer = build_trainer(arguments.preset, batch_size, autocast, device, encoder)
+        with tempfile.TemporaryDirectory() as folder:
+            latent_shape = (trainer.model.vae.latent_channels, IMG_SIZE // 8, IMG_SIZE // 8)
+            data = CachedBatches(Path(folder), facts.grid, facts.dim, batch_size, latent_shape)
+            times = alternate(step_arms(trainer, data, encoder), arguments.rounds, device)
+        result[f"batch {batch_size}"] = report_times(times, batch_size)
+    result["projector_memory"] = projector_memory(trainer.repa_module.decoder_dim, arguments.encoder, trainer.autocast)
+    result["checkpoint"] = checkpoint_growth(device)
+    result["memory"] = memory_tables()
+    report_memory(result)
+    return result
+
+
+def report_times(times: Dict[str, List[float]], batch_size: int) -> dict:
+    base = times["no REPA"]
+    sum_of_parts = [sum(parts) for parts in zip(base, times["encoder alone"], times["projector alone, after_resize"])]
+    ratios = {
+        "cached, before_resize / no REPA": (ratio(times["cached, before_resize"], base), 1.10),
+        "cached, after_resize / no REPA": (ratio(times["cached, after_resize"], base), 1.25),
+        "online / (no REPA + encoder + projector)": (ratio(times["online, after_resize"], sum_of_parts), 1.05),
+        "online / no REPA": (ratio(times["online, after_resize"], base), None),
+    }
+    print(f"\nbatch {batch_size}: seconds per step, median (smallest to largest) of {len(base)} rounds")
+    for name, values in times.items():
+        print("  {:<42} {:8.3f}  ({:.3f} to {:.3f})".format(name, *spread(values)))
+    print("ratios within a round")
+    for name, (values, limit) in ratios.items():
+        wanted = "" if limit is None else f"  at most {limit:.2f}: {'yes' if values[0] <= limit else 'NO'}"
+        print("  {:<42} {:8.3f}  ({:.3f} to {:.3f}){}".format(name, *values, wanted))
+    return {"seconds": times, "ratios": {name: values for name, (values, _) in ratios.items()}}
+
+
+def report_memory(result: dict) -> None:
+    print("\nkept for the backward pass by projector and loss, per image")
+    for project_when, size in result["projector_memory"].items():
+        print(f"  {project_when:<42} {size / 1e6:8.1f} MB")
+    sizes = result["checkpoint"]
+    growth = (sizes["with"] - sizes["without"]) / sizes["projector_and_moments"]
+    print(
+        f"\ncheckpoint of a small run: {sizes['without'] / 1e6:.2f} MB without REPA, {sizes['with'] / 1e6:.2f} MB with"
+    )
+    print(
+        f"  growth / (projector and its moments)       {growth:8.3f}  at most 1.01: {'yes' if growth <= 1.01 else 'NO'}"
+    )
+    print("\nencoder              px   grid      parameters  fp32 GB  bf16 GB  cache per 1000 images, flips included")
+    for row in result["memory"]:
+        grid = "x".join(map(str, row["grid"]))
+        print(
+            f"{row['encoder']:<19} {row['image_size']:>4}   {grid:<7} {row['parameters'] / 1e6:>9.1f} M "
+            f"{row['bytes_fp32'] / 1e9:>8.2f} {row['bytes_bf16'] / 1e9:>8.2f}  "
+            f"{row['cache_bytes_per_1000_images'] / 1e9:.2f} GB"
+        )

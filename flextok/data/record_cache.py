@@ -1,0 +1,427 @@
+"""A cache on disk of values computed once per image: features of a frozen encoder, latents of a frozen VAE.
+
+A folder holds `records.bin`, an array [n_images, flips, *shape] of raw values, `done.bin`, one byte per image (missing,
+stored, unreadable), and `meta.json`, which says what the values are of. Every process maps the same files: readers
+share one copy in the page cache. For Linux and macOS.
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Collection, Iterator, Optional, Sequence, Union
+
+import numpy as np
+import torch
+
+from ..utils.errors import UserError
+from ..utils.files import write_atomically
+from .images import NoReadableImage
+
+FORMAT = 1
+META, RECORDS, DONE = "meta.json", "records.bin", "done.bin"
+MISSING, STORED, UNREADABLE = 0, 1, 2  # states of an image, bytes of done.bin
+
+RESERVE = 64 * 2**20  # bytes that a new cache leaves free on the disk
+FLUSH_BYTES = 256 * 2**20  # write() makes its records durable when so much is pending,
+FLUSH_SECONDS = 30.0  # or when the last flush is so long ago
+NO_SUPPORT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOLCK)  # file systems without locks, or reservation
+REMEDY = "use those settings again, set cache_dir to another folder, or delete this one"
+
+
+class CacheError(UserError, RuntimeError):
+    """A cache that cannot be made, does not fit what is asked of it, or is damaged."""
+
+
+def record_bytes(shape: Sequence[int], dtype: str = "float16") -> int:
+    """Bytes of one record: one image, one flip."""
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def cache_bytes(n_images: int, flips: int, shape: Sequence[int], dtype: str = "float16") -> int:
+    """Bytes on disk of a whole cache, which are all reserved when it is created."""
+    return n_images * (flips * record_bytes(shape, dtype) + 1)
+
+
+def readable_size(n_bytes: float) -> str:
+    """A number of bytes in decimal units: 1.5 MB."""
+    units = ["kB", "MB", "GB", "TB"]
+    while n_bytes >= 1e6 and len(units) > 1:
+        n_bytes, units = n_bytes / 1000, units[1:]
+    return f"{n_bytes / 1000:.1f} {units[0]}"
+
+
+def _describe(key: dict, n_images: int, flips: int, shape: Sequence[int], dtype: str) -> dict:
+    """What meta.json holds, as JSON gives it back; ValueError for what no cache can be of."""
+    if min(n_images, flips, *shape, 1) < 1:
+        raise ValueError(f"n_images is {n_images}, flips {flips}, shape {tuple(shape)}: each number must be at least 1")
+    if np.dtype(dtype).name not in ("float16", "float32", "float64"):
+        raise ValueError(f"dtype is {dtype}: expected float16, float32 or float64")
+    meta = {"format": FORMAT, "n_images": n_images, "flips": flips, "shape": list(shape), "dtype": np.dtype(dtype).name}
+    return json.loads(json.dumps({**meta, "key": key}))
+
+
+def _read_meta(folder: Path) -> Optional[dict]:
+    """Content of meta.json, None without one; CacheError if it is not one of this format."""
+    path = folder / META
+    try:
+        meta = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CacheError(f"cannot read {path}: {error.strerror}: check cache_dir") from error
+    except ValueError:
+        meta = None
+    version = meta.get("format") if isinstance(meta, dict) else None
+    if isinstance(version, int) and version != FORMAT:
+        raise CacheError(f"the cache in {folder} has format {version}, expected {FORMAT}: {REMEDY}")
+    if version is None or not isinstance(meta.get("key"), dict) or not isinstance(meta.get("flips"), int):
+        raise CacheError(f"{path} is damaged or not of a cache: set cache_dir to another folder, or delete {folder}")
+    return meta
+
+
+def _differences(found: dict, asked: dict, optional: Collection[str]) -> list[str]:
+    """One text for each field in which a cache is not what is asked for; it may have more flips."""
+    fields = [(name, found.get(name), asked[name]) for name in ("n_images", "shape", "dtype")]
+    if found["flips"] < asked["flips"]:
+        fields.append(("flips", found["flips"], asked["flips"]))
+    for name in sorted(found["key"].keys() | asked["key"].keys()):
+        was, now = found["key"].get(name), asked["key"].get(name)
+        if name not in optional or (was is not None and now is not None):
+            fields.append((name, was, now))
+    return [f"{name} was {was!r}, now {now!r}" for name, was, now in fields if was != now]
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """CacheError if the disk of `folder` lacks room; what another process has just reserved in it counts as room."""
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(parent).free  # asked before the next line: what is reserved in between counts twice
+    free += sum((folder / name).stat().st_blocks * 512 for name in (RECORDS, DONE) if (folder / name).exists())
+    if needed + RESERVE > free:
+        raise CacheError(
+            f"a cache in {folder} needs {readable_size(needed)}, but the disk has {readable_size(free)} free, of which "
+            f"{readable_size(RESERVE)} stay free: make room, or set cache_dir to a folder on a larger disk"
+        )
+
+
+def _supported(function: Callable, *arguments: Any) -> bool:
+    """Call a function of the file system; False if it does not have it."""
+    try:
+        function(*arguments)
+    except OSError as error:
+        if error.errno not in NO_SUPPORT:
+            raise
+        return False
+    return True
+
+
+def _sync_data(fd: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(fd)  # macOS has fsync alone
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of zeros whose space on disk is taken, where the file system can do that."""
+    with open(path, "wb") as file:
+        if not (hasattr(os, "posix_fallocate") and _supported(os.posix_fallocate, file.fileno(), 0, size)):
+            os.ftruncate(file.fileno(), size)
+        os.fsync(file.fileno())
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+class RecordCache:
+    """Records of images: `flips` arrays of `shape` for each. Made by `open` or `create`.
+
+    Any number of processes may read and write one cache. A record is there for other processes once its writer has
+    flushed; a process killed at any moment loses only what it had not flushed. Two processes that write the same image
+    at once, without a claim, leave values of either. Pickled, it is opened again by its path.
+
+    Attributes:
+        flips: Records per image in the files, which is what `write` takes; perhaps more than `open` was asked for.
+    """
+
+    def __init__(self, folder: Path, n_images: int, flips: int, shape: Sequence[int], dtype: str):
+        self.folder, self.n_images, self.flips = folder, n_images, flips
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+        self._image_bytes = flips * record_bytes(shape, dtype)
+        for name, size in ((RECORDS, n_images * self._image_bytes), (DONE, n_images)):
+            found = os.path.getsize(folder / name) if (folder / name).exists() else 0
+            if found != size:
+                raise CacheError(
+                    f"{folder / name} is damaged: it has {found} bytes, expected {size}: delete {folder} to start anew"
+                )
+        rows = (n_images * flips, math.prod(shape))
+        self._records = np.asarray(np.memmap(folder / RECORDS, self.dtype, "r", shape=rows))
+        self._done = np.asarray(np.memmap(folder / DONE, np.uint8, "r"))
+        if self._done.max() > UNREADABLE:
+            raise CacheError(f"{folder / DONE} is damaged: bytes above {UNREADABLE}: delete {folder} to start anew")
+        self._pending = np.zeros(n_images, np.uint8)  # states that are not in done.bin yet
+        self._pending_bytes, self._last_flush = 0, time.monotonic()
+        self._files: dict = {}  # opened for writing when first needed: a reader's folder may be read-only
+
+    @classmethod
+    def open(
+        cls, folder: Union[str, Path], key: dict, n_images: int, flips: int, shape: Sequence[int],
+        dtype: str = "float16", optional: Collection[str] = (),
+    ) -> Optional["RecordCache"]:  # fmt: skip
+        """The cache in `folder`, None if there is none (or only what a killed `create` left).
+
+        Args:
+            key: Everything that the values depend on, a flat dict of JSON values.
+            flips: 1, or 2 with mirrored images; the cache may have more.
+            optional: Fields of `key` that are compared only where they are known (not None) on both sides.
+
+        Raises:
+            CacheError: There is one that is damaged, or of other settings.
+        """
+        folder = Path(folder).expanduser().absolute()
+        asked, found = _describe(key, n_images, flips, shape, dtype), _read_meta(folder)
+        if found is None:
+            return None
+        differences = _differences(found, asked, optional)
+        if differences:
+            raise CacheError(f"the cache in {folder} is of other settings: {'; '.join(differences)}: {REMEDY}")
+        return cls(folder, n_images, found["flips"], shape, dtype)
+
+    @classmethod
+    def create(
+        cls, folder: Union[str, Path], key: dict, n_images: int, flips: int, shape: Sequence[int],
+        dtype: str = "float16", optional: Collection[str] = (),
+    ) -> "RecordCache":  # fmt: skip
+        """Make a cache without records and reserve its space on disk; the arguments are those of `open`.
+
+        Several processes may create one cache at the same time: one makes it, the others open it.
+
+        Raises:
+            CacheError: No room for it (checked before anything is written), the folder cannot be written, or it holds
+                a cache of other settings.
+        """
+        arguments = (Path(folder).expanduser().absolute(), key, n_images, flips, shape, dtype)
+        cache = cls.open(*arguments, optional)
+        if cache is not None:
+            return cache
+        folder, needed = arguments[0], cache_bytes(n_images, flips, shape, dtype)
+        check_space(folder, needed)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "create.lock", "ab") as lock:
+                _supported(fcntl.flock, lock, fcntl.LOCK_EX)
+                if _read_meta(folder) is None:
+                    cls._make_files(folder, _describe(*arguments[1:]))
+                return cls.open(*arguments, optional)
+        except OSError as error:
+            raise CacheError(
+                f"cannot make a cache of {readable_size(needed)} in {folder}: {error.strerror}: "
+                "make room or give write permission, or set cache_dir to another folder"
+            ) from error
+
+    @staticmethod
+    def _make_files(folder: Path, meta: dict) -> None:
+        """Reserve the data, then write meta.json, with which the cache exists; leave nothing if that fails."""
+        n_images, flips, shape, dtype = (meta[name] for name in ("n_images", "flips", "shape", "dtype"))
+        try:
+            _reserve(folder / RECORDS, n_images * flips * record_bytes(shape, dtype))
+            _reserve(folder / DONE, n_images)
+            write_atomically(folder / META, lambda path: path.write_text(json.dumps(meta, indent=2) + "\n"))
+        except BaseException:
+            for name in (META, RECORDS, DONE):
+                (folder / name).unlink(missing_ok=True)
+            raise
+
+    def __reduce__(self) -> tuple:
+        return RecordCache, (self.folder, self.n_images, self.flips, self.shape, self.dtype.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return cache_bytes(self.n_images, self.flips, self.shape, self.dtype)
+
+    def _check_indices(self, indices: Any) -> np.ndarray:
+        """Image indices as int64 [B]; IndexError for one outside 0 to n_images - 1."""
+        indices = np.atleast_1d(np.asarray(indices, dtype=np.int64))
+        outside = indices[(indices < 0) | (indices >= self.n_images)]
+        if outside.size:
+            raise IndexError(f"index {outside[0]}: the cache has {self.n_images} images, from 0")
+        return indices
+
+    def _states(self, indices: Any = slice(None)) -> np.ndarray:
+        done = self._done[indices]
+        return np.where(done, done, self._pending[indices])
+
+    def stored(self, indices: Any) -> np.ndarray:
+        """Whether each image's records can be read, bool [B]."""
+        return self._states(self._check_indices(indices)) == STORED
+
+    def missing(self, start: int = 0, stop: Optional[int] = None) -> np.ndarray:
+        """Indices from start to stop - 1 of the images that are neither stored nor unreadable, ascending."""
+        return start + np.flatnonzero(self._states(slice(start, stop)) == MISSING)
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing().size
+
+    def resolve(self, indices: Any) -> np.ndarray:
+        """Replace each image marked as unreadable by the next that is not, cyclically, as ImageFolderDataset does.
+
+        Raises:
+            NoReadableImage: All are marked.
+        """
+        indices = self._check_indices(indices)
+        for _ in range(self.n_images):
+            unreadable = self._states(indices) == UNREADABLE
+            if not unreadable.any():
+                return indices
+            indices = np.where(unreadable, (indices + 1) % self.n_images, indices)
+        raise NoReadableImage(
+            f"none of the {self.n_images} images of the cache in {self.folder} could be read: check data_path, then "
+            "delete this folder"
+        )
+
+    def read(self, indices: Any, flips: Any = 0, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Copy records from the map into a new tensor [B, *shape], or into `out`, a contiguous one of that kind.
+
+        Args:
+            indices: Images [B].
+            flips: Which record of each, 0 or 1, or False and True; [B] or one for all.
+
+        Raises:
+            KeyError: An image is not stored.
+        """
+        indices = self._check_indices(indices)
+        absent = indices[self._states(indices) != STORED]
+        if absent.size:
+            raise KeyError(f"image {absent[0]} is not in the cache in {self.folder}")
+        flips = np.broadcast_to(np.asarray(flips, dtype=np.int64), indices.shape)
+        if ((flips < 0) | (flips >= self.flips)).any():
+            raise IndexError(f"flips has {flips.min()} to {flips.max()}: the cache has {self.flips} per image, from 0")
+        shape, dtype = (len(indices), *self.shape), getattr(torch, self.dtype.name)
+        if out is None:
+            out = torch.empty(shape, dtype=dtype)
+        elif tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
+            raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: expected a contiguous {dtype} {shape}")
+        rows = out.numpy().reshape(len(indices), self._records.shape[1])
+        np.take(self._records, indices * self.flips + flips, axis=0, out=rows, mode="clip")  # "raise" would copy twice
+        return out
+
+    def write(self, indices: Any, values: Union[torch.Tensor, np.ndarray]) -> None:
+        """Write all records of some images; those that are stored or unreadable already are left as they are.
+
+        Args:
+            indices: Images [B].
+            values: [B, flips, *shape] in the cache's dtype.
+
+        Raises:
+            CacheError: Values are infinite or NaN, or the cache is read-only. Images before that one are written.
+            OSError: The disk fails. What was flushed before stays readable.
+        """
+        indices = self._check_indices(indices)
+        shape, dtype = (len(indices), self.flips, *self.shape), str(values.dtype).removeprefix("torch.")
+        if tuple(values.shape) != shape or dtype != self.dtype.name:
+            raise ValueError(f"values are {dtype} {tuple(values.shape)}: expected {self.dtype.name} {shape}")
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu().numpy()
+        row = self.flips * self._records.shape[1]
+        for index, record in zip(indices, np.ascontiguousarray(values).reshape(len(indices), row)):
+            if self._states(index) == MISSING:
+                self._write_image(int(index), record)
+        if self._pending_bytes >= FLUSH_BYTES or time.monotonic() - self._last_flush >= FLUSH_SECONDS:
+            self.flush()
+
+    def _write_image(self, index: int, record: np.ndarray) -> None:
+        if not np.isfinite(record).all():
+            raise CacheError(
+                f"the values of image {index} are infinite or NaN in {self.dtype.name}, expected finite ones: it is "
+                "not stored; compute or store them in a wider dtype"
+            )
+        # Not through the map, where a full disk would be a signal that ends the process.
+        _write_at(self._file(RECORDS).fileno(), memoryview(record).cast("B"), index * self._image_bytes)
+        self._pending[index] = STORED
+        self._pending_bytes += self._image_bytes
+
+    def mark_unreadable(self, indices: Any) -> None:
+        """Note that the files of these images cannot be read; other processes see it after a flush."""
+        indices = self._check_indices(indices)
+        self._pending[indices[self._states(indices) == MISSING]] = UNREADABLE
+
+    def flush(self) -> None:
+        """Make the pending records durable, then mark them as stored.
+
+        If that fails, they are not marked, now or later, and count as missing again.
+        """
+        pending, self._pending = self._pending, np.zeros_like(self._pending)
+        self._pending_bytes, self._last_flush = 0, time.monotonic()
+        if not pending.any():
+            return
+        _sync_data(self._file(RECORDS).fileno())
+        done = self._file(DONE).fileno()
+        for index in np.flatnonzero((pending != MISSING) & (self._done == MISSING)):
+            _write_at(done, memoryview(pending[index : index + 1]), int(index))
+        _sync_data(done)
+
+    def _file(self, name: str) -> Any:
+        """A file of the folder, unbuffered and writable, kept open until `close`."""
+        if name not in self._files:
+            mode = os.O_RDWR | (os.O_CREAT if name == "claim.lock" else 0)
+            try:
+                fd = os.open(self.folder / name, mode, 0o666)
+            except OSError as error:
+                raise CacheError(
+                    f"cannot write to {self.folder / name}: {error.strerror}: give write permission, or set cache_dir "
+                    "to another folder"
+                ) from error
+            self._files[name] = os.fdopen(fd, "r+b", buffering=0)
+        return self._files[name]
+
+    @contextmanager
+    def claim(self, start: int, stop: int, wait: bool = False) -> Iterator[bool]:
+        """Reserve the images start to stop - 1 for this process; gives whether it got them.
+
+        For processes that fill a cache together: each claims a range, looks which images of it are missing now, and
+        writes those. At the end the range is flushed and free again, as it is when the process is killed. Where the
+        file system has no locks, every claim succeeds. Claims are of a process: its threads do not exclude each other,
+        and closing one cache object gives up those of another on the same folder.
+
+        Args:
+            wait: Wait until the range is free, rather than give False.
+        """
+        if not 0 <= start < stop <= self.n_images:
+            raise ValueError(f"start is {start}, stop {stop}: expected 0 <= start < stop <= {self.n_images}")
+        claimed = self._lock(fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), start, stop)
+        try:
+            yield claimed
+        finally:
+            if claimed:
+                try:
+                    self.flush()
+                finally:
+                    self._lock(fcntl.LOCK_UN, start, stop)
+
+    def _lock(self, operation: int, start: int, stop: int) -> bool:
+        """Lock or unlock bytes of a file that serves for nothing else; False if another process has some of them.
+
+        A process loses its locks on a file as soon as it closes any handle of it.
+        """
+        try:
+            _supported(fcntl.lockf, self._file("claim.lock"), operation, stop - start, start)
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, by file system
+            return False
+        return True
+
+    def close(self) -> None:
+        """Flush, and give back the files and maps; the object cannot be used any more."""
+        try:
+            self.flush()
+        finally:
+            for file in self._files.values():
+                file.close()
+            self._files = {}
+            self._records = self._done = None

