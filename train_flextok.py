@@ -50,7 +50,6 @@ from tqdm.auto import tqdm
 
 from flextok.data.loader import BrokenFiles, GlobalBatchSampler, TooManyBrokenFiles, build_datasets, build_loaders
 from flextok.flextok_wrapper import FlexTokFromHub
-from flextok.model.trunks.transformers import FlexTransformer
 from flextok.training.checkpoints import (
     BEST,
     LATEST,
@@ -71,9 +70,10 @@ from flextok.training.models import (
     repa_target_size,
 )
 from flextok.training.pictures import save_curves, save_grid
+from flextok.training.summary import summary
 from flextok.utils.checkpoint import CheckpointError, load_weights
 from flextok.utils.config import ConfigError
-from flextok.utils.dtypes import computes_bf16
+from flextok.utils.dtypes import autocast_dtype
 from flextok.utils.errors import UserError
 from flextok.utils.modules import count_parameters, evaluating
 from flextok.utils.random import RANDOM_KEY, BatchRandom
@@ -469,7 +469,7 @@ class FlexTokTrainer:
         if validates and self.val_loader is not None:
             flow_loss = self.validate()["val/flow_loss"]
             best, self.best_val_loss = flow_loss < self.best_val_loss, min(flow_loss, self.best_val_loss)
-        if validates and self.feature_cache is not None:
+        if self.feature_cache is not None and self.global_step % self.steps_per_epoch == 0:
             self._use_complete_cache()
         self.save_checkpoint()
         for name in [BEST] * best + [keep_as] * (keep_as is not None):
@@ -885,13 +885,6 @@ def item_image(item) -> torch.Tensor:
     return item[0] if isinstance(item, (list, tuple)) else item
 
 
-def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
-    """bf16 where the device computes in it; fp16 on older GPUs; None (fp32) on CPUs without bf16 instructions."""
-    if computes_bf16(device):
-        return torch.bfloat16
-    return torch.float16 if device.type == "cuda" else None
-
-
 def run_name(config: TrainConfig) -> str:
     return config.wandb_run_name or "flextok"
 
@@ -903,100 +896,6 @@ def default_run_dir(config: TrainConfig) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------- start-up
-
-
-def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torch.device, run_dir: Path, resume) -> str:
-    """What this run is, in a few lines; `model` may be without weights, or None if its config is not known yet."""
-    millions = lambda n: f"{n / 1e6:.2f} M"  # noqa: E731
-    lines = []
-    name = "new model" if config.model is not None else config.model_name
-    if config.train_from_scratch and config.model is None:
-        name += " (architecture alone, new weights)"
-    if model is None:
-        lines.append(("model", f"{name}: size known once its config is fetched from the Hub"))
-    else:
-        encoder, decoder = (
-            next(module for module in part.modules() if isinstance(module, FlexTransformer))
-            for part in (model.encoder, model.decoder)
-        )
-        levels = config.fsq_levels or model.regularizer.levels
-        sizes = f"encoder {encoder.depth} x {encoder.dim}, decoder {decoder.depth} x {decoder.dim}"
-        lines.append(("model", f"{name}: {sizes}, {model.n_registers} tokens of {math.prod(levels)} codes"))
-        parts = []
-        for part in ("encoder", "decoder", "vae"):
-            n = count_parameters(getattr(model, part))
-            state = (
-                "no parameters"
-                if n == 0
-                else f"{millions(n)} {'trained' if getattr(config, f'train_{part}') else 'frozen'}"
-            )
-            parts.append(f"{part} {state}")
-        lines.append(("parameters", ", ".join(parts)))
-    if config.use_repa:
-        lines += repa_summary(config, model, device)
-    else:
-        lines.append(("REPA", "off"))
-    n_val = len(val_dataset) if val_dataset is not None else 0
-    source = config.dataset_name if config.data_path is None else f"{config.data_path} ({config.dataset_name})"
-    if config.use_repa and config.repa_cache:
-        lines += cache_summary(config, train_dataset, val_dataset, device)
-    lines.append(
-        ("data", f"{source}: {len(train_dataset)} training and {n_val} validation images, {config.img_size} px")
-    )
-    global_batch = config.batch_size * config.gradient_accumulation_steps
-    steps = -(-len(train_dataset) // global_batch)
-    lines.append(
-        ("steps", f"{config.num_epochs} epochs x {steps} = {config.num_epochs * steps}, {global_batch} images each")
-    )
-    dtype = autocast_dtype(device) if config.use_amp else None
-    lines.append(
-        ("device", f"{device}, {'fp32' if dtype is None else str(dtype).removeprefix('torch.') + ' autocast'}")
-    )
-    lines.append(("run folder", str(run_dir)))
-    if resume is not None:
-        lines.append(("resume", str(resume)))
-    return "\n".join(f"  {label:<13} {text}" for label, text in lines)
-
-
-def repa_summary(config: TrainConfig, model, device: torch.device) -> List[Tuple[str, str]]:
-    """The summary's lines on REPA."""
-    from flextok.model.utils.repa_encoders import encoder_dtype, encoder_facts
-    from flextok.model.utils.repa_loss import projector_parameters
-
-    facts = encoder_facts(config.repa_encoder_type, config.repa_image_size)
-    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[
-        encoder_dtype(config.repa_encoder_dtype, device)
-    ]
-    size = config.repa_target_size
-    if model is not None:
-        size = repa_target_size(config, model)
-    grid = size if size == "auto" else "x".join(map(str, size))
-    lines = [
-        (
-            "REPA",
-            f"{config.repa_encoder_type} ({facts.parameters / 1e6:.2f} M frozen, {dtype}) at {facts.image_size} px",
-        )
-    ]
-    text = f"on {grid} x {facts.dim}"
-    if model is not None:
-        transformer = model.decoder.module_dict["dec_transformer"]
-        layers = config.repa_layers or transformer.intermediate_layers
-        n = projector_parameters(transformer.dim, facts.dim, config.repa_projector, config.repa_projector_hidden)
-        of_layers = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-        text = f"{of_layers} of the decoder {text}, projector {n * len(layers) / 1e6:.2f} M trained"
-    lines.append(("", f"{text}, weight {config.repa_weight:g}"))
-    if config.repa_stop is not None:
-        lines.append(("", f"until step {config.repa_stop}"))
-    return lines
-
-
-def cache_summary(config: TrainConfig, train_dataset, val_dataset, device: torch.device) -> List[Tuple[str, str]]:
-    """The summary's line on the feature cache; raises CacheError for one that does not fit the run."""
-    from flextok.data.caching import feature_plans
-
-    datasets = {"train": train_dataset, "val": val_dataset}
-    plans = feature_plans(config, {split: d for split, d in datasets.items() if d is not None}, device)
-    return [("feature cache" if split == "train" else "", plan.describe()) for split, plan in plans.items()]
 
 
 def main(arguments: argparse.Namespace) -> None:

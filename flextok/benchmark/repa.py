@@ -1,6 +1,7 @@
 """What REPA costs: step time with and without it, online and from the cache, memory, checkpoints, cache sizes."""
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List
@@ -21,6 +22,7 @@ from ..utils.modules import count_parameters
 from .timing import alternate, ratio, spread
 
 IMG_SIZE = 256
+WIDTHS = (768, 1152, 1792)  # of the decoders d12, d18, d28
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +188,7 @@ def memory_tables() -> List[dict]:
                 "encoder": name, "image_size": image_size, "grid": list(facts.grid), "parameters": facts.parameters,
                 "bytes_fp32": 4 * facts.parameters, "bytes_bf16": 2 * facts.parameters,
                 "cache_bytes_per_1000_images": cache_bytes(1000, 2, (*facts.grid, facts.dim)),
-                "projector_parameters": {D: projector_parameters(D, facts.dim) for D in (768, 1152, 1792)},
+                "projector_parameters": {D: projector_parameters(D, facts.dim) for D in WIDTHS},
             })  # fmt: skip
     return rows
 
@@ -204,7 +206,12 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
             data = CachedBatches(Path(folder), facts.grid, facts.dim, batch_size, latent_shape)
             times = alternate(step_arms(trainer, data, encoder), arguments.rounds, device)
         result[f"batch {batch_size}"] = report_times(times, batch_size)
-    result["projector_memory"] = projector_memory(trainer.repa_module.decoder_dim, arguments.encoder, trainer.autocast)
+    precisions = {"fp32": contextlib.nullcontext, str(dtype).removeprefix("torch."): trainer.autocast}
+    result["projector_memory"] = {
+        f"width {width}, {name}": projector_memory(width, arguments.encoder, context)
+        for width in WIDTHS
+        for name, context in precisions.items()
+    }
     result["checkpoint"] = checkpoint_growth(device)
     result["memory"] = memory_tables()
     report_memory(result)
@@ -232,8 +239,8 @@ def report_times(times: Dict[str, List[float]], batch_size: int) -> dict:
 
 def report_memory(result: dict) -> None:
     print("\nkept for the backward pass by projector and loss, per image")
-    for project_when, size in result["projector_memory"].items():
-        print(f"  {project_when:<42} {size / 1e6:8.1f} MB")
+    for name, sizes in result["projector_memory"].items():
+        print(f"  {name:<24}", ", ".join(f"{when} {size / 1e6:.1f} MB" for when, size in sizes.items()))
     sizes = result["checkpoint"]
     growth = (sizes["with"] - sizes["without"]) / sizes["projector_and_moments"]
     print(

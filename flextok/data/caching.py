@@ -306,7 +306,7 @@ class CachedValues:
         except OSError as error:
             if self.failure is None:
                 logger.warning(
-                    "the %s cache cannot grow (%s): nothing more is stored, what is not there is computed in each epoch",
+                    "the %s cache cannot grow (%s): nothing more is stored, and what is missing computed each time",
                     self.name, error,
                 )  # fmt: skip
             self.failure = error

@@ -38,3 +38,10 @@ def computes_bf16(device: torch.device) -> bool:
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch cannot tell
         return any(map(capabilities.get, ("avx512_bf16", "amx_bf16", "bf16")))
     return False
+
+
+def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
+    """bf16 where the device computes in it; fp16 on older GPUs; None (fp32) on CPUs without bf16 instructions."""
+    if computes_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else None

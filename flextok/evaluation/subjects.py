@@ -1,0 +1,157 @@
+"""What is evaluated, and on which images."""
+
+import dataclasses
+from pathlib import Path
+from typing import List, Optional
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..data.images import ImageFolderDataset, list_images
+from ..data.photos import PhotoCrops
+from ..flextok_wrapper import CONFIG_NAME, FlexTok, FlexTokFromHub
+from ..training.checkpoints import BEST, LATEST, read_checkpoint
+from ..training.config import TrainConfig
+from ..training.export import load_trained_model
+from ..training.models import check_repa_model, repa_target_size
+from ..utils.checkpoint import CheckpointError, load_model_from_safetensors
+from ..utils.config import ConfigError
+
+
+@dataclasses.dataclass
+class Subject:
+    """A model to evaluate, with what its training left if it is a checkpoint."""
+
+    name: str
+    model: FlexTok
+    averaged: bool = False  # whether its weights are the moving average
+    config: Optional[TrainConfig] = None  # of its training
+    projector_state: Optional[dict] = None  # of its REPA module
+
+    @property
+    def img_size(self) -> int:
+        """Side in pixels of the images that the model was built for."""
+        return self.model.pipeline.default_size()[0] * self.model.vae.downsample_factor
+
+    def repa_module(self, device: torch.device) -> Optional[nn.Module]:
+        """The REPA module that it was trained with, its encoder not loaded yet; None if there is none.
+
+        The decoder then keeps the layers that it was aligned by.
+        """
+        if self.projector_state is None or self.config is None:
+            return None
+        from ..model.utils.repa_encoders import encoder_dtype
+        from ..model.utils.repa_loss import REPAModule
+
+        config, transformer = self.config, self.model.decoder.module_dict["dec_transformer"]
+        layers = check_repa_model(self.model, config.repa_layers)
+        module = REPAModule(
+            decoder_dim=transformer.dim, encoder_type=config.repa_encoder_type, encoder_dim=config.repa_encoder_dim,
+            target_size=repa_target_size(config, self.model), image_size=config.repa_image_size,
+            encoder_repo=config.repa_encoder_repo, encoder_weights=config.repa_encoder_weights,
+            encoder_revision=config.repa_encoder_revision,
+            encoder_dtype=encoder_dtype(config.repa_encoder_dtype, device), n_layers=len(layers),
+            projector=config.repa_projector, hidden_dim=config.repa_projector_hidden, project_when=config.repa_project,
+            spatial_norm=config.repa_spatial_norm_gamma if config.repa_spatial_norm else None,
+        )  # fmt: skip
+        module.load_state_dict(self.projector_state)
+        return module.to(device)
+
+    @property
+    def aligned_layers(self) -> List[int]:
+        """Decoder layers that its training aligned; empty without REPA."""
+        return [] if self.projector_state is None else check_repa_model(self.model, self.config.repa_layers)
+
+
+def load_subject(checkpoint: str, averaged: bool = True) -> Subject:
+    """The model that `checkpoint` means: a run folder, a training checkpoint, an export, a file, or a Hub name.
+
+    Of a run folder the latest checkpoint is taken; of a checkpoint the averaged weights, if it has any.
+
+    Raises:
+        FileNotFoundError, CheckpointError, ConfigError: Nothing there, or not a model.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.is_dir() and not (path / CONFIG_NAME).is_file():
+        candidates = [path / "checkpoints" / LATEST, path / "checkpoints" / BEST, path / LATEST]
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"--checkpoint: the folder {path} is neither a run (checkpoints/{LATEST}) nor an export ({CONFIG_NAME})"
+            )
+        path = found
+    if path.suffix == ".pt":
+        return _load_checkpoint(path, checkpoint, averaged)
+    if path.is_file():
+        return Subject(checkpoint, load_model_from_safetensors(path).eval())
+    if not path.is_dir() and (path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1):
+        raise FileNotFoundError(f"--checkpoint: there is nothing at {path}, and it is no Hub name (owner/model)")
+    try:
+        return Subject(checkpoint, FlexTokFromHub.from_pretrained(str(path) if path.is_dir() else checkpoint).eval())
+    except OSError as error:
+        raise ConfigError(
+            f"--checkpoint: {checkpoint!r} is neither a folder, nor in the Hugging Face cache, nor can it be downloaded "
+            f"({error})"
+        ) from error
+
+
+def _load_checkpoint(path: Path, name: str, averaged: bool) -> Subject:
+    checkpoint = read_checkpoint(path)
+    try:
+        config = TrainConfig.from_dict(checkpoint["config"])
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"{path} holds no settings that can be read: {error}") from error
+    return Subject(
+        name,
+        load_trained_model(path, averaged).eval(),
+        averaged and bool(checkpoint.get("ema_model_state_dict")),
+        config,
+        checkpoint.get("repa_module_state_dict"),
+    )
+
+
+@dataclasses.dataclass
+class ImageSet:
+    """Images to evaluate on, with class labels where there are classes."""
+
+    name: str
+    dataset: Dataset
+    labels: Optional[List[int]] = None  # per image
+    classes: Optional[List[str]] = None
+    train: Optional["ImageSet"] = None  # other images of the same classes, to fit probes to
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def load_images(data: str, img_size: int, n_images: Optional[int]) -> ImageSet:
+    """The images of a folder, or crops of the photographs that wheels carry.
+
+    Classes are a folder's sub-folders (of at least two, with two images or more each), or the photographs. A folder's
+    odd images of each class are evaluated and its even ones fitted to only where probes are; every image is evaluated
+    for reconstruction.
+
+    Args:
+        n_images: At most so many, spread evenly over the folder; None: all (`photos`: 256).
+    """
+    if data == "photos":
+        test = _photos("val", img_size, n_images or 256)
+        test.train = _photos("train", img_size, len(test))
+        return test
+    paths = list_images(data)
+    if n_images is not None and n_images < len(paths):
+        paths = [paths[i * len(paths) // n_images] for i in range(n_images)]
+    images = ImageSet(data, ImageFolderDataset(paths, img_size))
+    names = [path.parent.name for path in paths]
+    classes = sorted(set(names))
+    if len(classes) > 1 and min(map(names.count, classes)) >= 2:
+        images.classes, images.labels = classes, [classes.index(name) for name in names]
+    return images
+
+
+def _photos(split: str, img_size: int, n: int) -> ImageSet:
+    dataset = PhotoCrops(split, img_size, n)
+    names = [name.split("@")[0] for name in dataset.names]
+    classes = sorted(set(names))
+    return ImageSet("photos", dataset, [classes.index(name) for name in names], classes)
