@@ -94,18 +94,20 @@ def fill(values: CachedValues, dataset: CachedDataset, batch_size: int, num_work
         show()
         progress.unpause()  # what was there before is not part of the rate
         while True:
-            for batch in loader:
-                values({**batch, "split": dataset.split}, batch["image"].to(device, non_blocking=True), device)
-                done += 1
-                if time.monotonic() - flushed > FLUSH_SECONDS:
-                    values.flush()
-                    batches.release(done)
-                    done, flushed = 0, time.monotonic()
-                if values.failure is not None:
-                    raise values.failure
-                show()
-            values.flush()
-            batches.release(done)
+            try:
+                for batch in loader:
+                    values({**batch, "split": dataset.split}, batch["image"].to(device, non_blocking=True), device)
+                    done += 1
+                    if time.monotonic() - flushed > FLUSH_SECONDS:
+                        values.flush()
+                        batches.release(done)
+                        done, flushed = 0, time.monotonic()
+                    if values.failure is not None:
+                        raise values.failure
+                    show()
+            finally:
+                values.flush()
+                batches.release(len(batches.claims))
             done = 0
             show()
             if cache.complete:
