@@ -37,7 +37,6 @@ import datetime
 import itertools
 import logging
 import math
-import re
 import sys
 import time
 from pathlib import Path
@@ -73,6 +72,7 @@ from flextok.training.pictures import save_curves, save_grid
 from flextok.training.summary import summary
 from flextok.utils.checkpoint import CheckpointError, load_weights
 from flextok.utils.config import ConfigError
+from flextok.utils.devices import chosen_device
 from flextok.utils.dtypes import autocast_dtype
 from flextok.utils.errors import UserError
 from flextok.utils.modules import count_parameters, evaluating
@@ -354,12 +354,12 @@ class FlexTokTrainer:
     def train(self, max_steps: Optional[int] = None) -> None:
         """Train to the last epoch, or to optimizer step `max_steps`; then validate, draw pictures and export."""
         last_step = min(self.total_steps, max_steps if max_steps is not None else self.total_steps)
+        self._prepare_frozen_networks()  # first: what it refuses leaves no run folder behind
         self._open_log()
         progress = tqdm(total=last_step, initial=self.global_step, unit="step", dynamic_ncols=True, smoothing=0.05)
         self._clock, self._images_since = time.perf_counter(), 0
         try:
-            self._prepare_frozen_networks()
-            if self.feature_cache is None:
+            if self.feature_cache is None or (self.global_step == 0 and self._cache_is_complete()):
                 self._log_constant_losses()
             while self.global_step < last_step:
                 epoch = self.global_step // self.steps_per_epoch
@@ -370,9 +370,11 @@ class FlexTokTrainer:
             self._finish()
         finally:
             progress.close()
-            self._flush_caches()
-            self.metrics_log.close()
-            self.metrics_log = None
+            try:
+                self._flush_caches()
+            finally:
+                self.metrics_log.close()
+                self.metrics_log = None
 
     def _windows(self, epoch: int, first_step: int) -> Iterator[List]:
         """The batches of each optimizer step of an epoch, from its step `first_step` on; the last may have fewer."""
@@ -566,8 +568,8 @@ class FlexTokTrainer:
             )
         if caches_features and self.feature_cache is None:
             plans = caching.feature_plans(self.config, datasets, self.device)
-            if not all(plan.exists() for plan in plans.values()):
-                self.repa_module.encoder  # loaded first: a new cache records which weights it comes from
+            if not all(plan.is_complete() for plan in plans.values()):
+                self.repa_module.encoder  # loaded first: the cache's key says which weights it comes from
                 plans = caching.feature_plans(self.config, datasets, self.device)
             features = caching.encoder_features(self.repa_module.encoder_features)
             self.feature_cache = caching.CachedValues(caching.FEATURES, datasets, plans, features)
@@ -732,6 +734,7 @@ class FlexTokTrainer:
                 "scaler_state_dict": self.scaler.state_dict(),
                 "ema_model_state_dict": self.ema.state_dict(self.model) if self.ema is not None else None,
                 "repa_module_state_dict": self.repa_module.state_dict() if self.use_repa else None,
+                "repa_layers": self.repa_layers if self.use_repa else None,
                 "best_val_loss": self.best_val_loss,
                 "constant_losses": self.constant_losses,
                 "config": self.config.to_dict(),
@@ -782,6 +785,7 @@ class FlexTokTrainer:
             raise CheckpointError(
                 f"{path} was trained {was} REPA: set use_repa accordingly, or start a new run from its export"
             )
+        self.global_step = checkpoint["global_step"]
         load_weights(self.model, checkpoint["model_state_dict"], str(path))
         if self.use_repa and PROJECTOR_GROUP not in [
             g.get("name") for g in checkpoint["optimizer_state_dict"]["param_groups"]
@@ -808,12 +812,27 @@ class FlexTokTrainer:
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["ema_model_state_dict"] or checkpoint["model_state_dict"])
         if self.use_repa:
-            self.repa_module.load_state_dict(checkpoint["repa_module_state_dict"])
-        self.global_step = checkpoint["global_step"]
+            self._load_projector(checkpoint, str(path))
         self.best_val_loss = checkpoint["best_val_loss"]
         self.constant_losses = checkpoint["constant_losses"]
         self.wandb_id = checkpoint.get("wandb_id")
         torch.set_rng_state(checkpoint["random_state"])
+
+    def _load_projector(self, checkpoint: dict, source: str) -> None:
+        was = (checkpoint.get("repa_layers", self.repa_layers), checkpoint["config"].get("repa_encoder_type"))
+        now = (self.repa_layers, self.config.repa_encoder_type)
+        if was != now and self.repa_active:
+            raise CheckpointError(
+                f"{source} aligned layers {was[0]} with {was[1]}, now it is {now[0]} with {now[1]}: set repa_layers "
+                "and repa_encoder_type back to continue, or start a new run from its export"
+            )
+        try:
+            self.repa_module.load_state_dict(checkpoint["repa_module_state_dict"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{source} holds another REPA projector: set repa_projector, repa_projector_hidden, repa_layers and "
+                f"the encoder back to continue, or start a new run from its export ({error})"
+            ) from error
 
     def _data_identity(self) -> Dict[str, Union[str, int]]:
         """What must be the same for a resume to go on where the data was left."""
@@ -904,17 +923,7 @@ def main(arguments: argparse.Namespace) -> None:
         config.wandb_run_name = Path(arguments.config).stem
     if arguments.max_steps is not None and arguments.max_steps < 1:
         raise ConfigError(f"--max-steps is {arguments.max_steps}, expected at least 1")
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"--device is {name!r}, expected cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(
-                f"--device is {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices: use --device cpu"
-            )
-        torch.cuda.set_device(device.index or 0)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    device = chosen_device(arguments.device)
 
     run_dir = Path(arguments.run_dir) if arguments.run_dir is not None else None
     resume = arguments.resume or config.resume

@@ -19,7 +19,9 @@ from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_
 import train_flextok
 from flextok.data import cache_features, caching
 from flextok.data.record_cache import CacheError, RecordCache
+from flextok.model.utils import repa_encoders, repa_loss
 from flextok.utils.config import ConfigError
+from flextok.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -249,8 +251,7 @@ def test_a_disk_without_room_is_found_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
     with pytest.raises(CacheError, match="needs .* but the disk has .* free"):
         run_main(tmp_path, run_dir=tmp_path / "run", cache_dir=str(tmp_path / "cache"), **CACHED)
-    assert not losses_of(tmp_path / "run") if (tmp_path / "run" / "metrics.jsonl").exists() else True
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
 def test_a_disk_that_turns_out_full_while_filling_costs_no_training(tmp_path, monkeypatch, caplog):
@@ -273,19 +274,92 @@ def test_a_disk_that_turns_out_full_while_filling_costs_no_training(tmp_path, mo
     assert losses_of(tmp_path / "later") == losses_of(tmp_path / "fine")
 
 
-def test_features_that_overflow_fp16_stop_the_run(tmp_path, monkeypatch):
+def scaled_encoder(monkeypatch, factor):
     original = train_flextok.FlexTokTrainer._build_repa_module
 
     def build(self):
         module = original(self)
-        encoder = module.encoder
-        features = encoder.features
-        encoder.features = lambda model, images: features(model, images) * 1e5
+        features = module.encoder.features
+        module.encoder.features = lambda model, images: features(model, images) * factor
         return module
 
     monkeypatch.setattr(train_flextok.FlexTokTrainer, "_build_repa_module", build)
+
+
+def test_features_beyond_fp16_are_clamped_and_nan_is_refused(tmp_path, monkeypatch):
+    scaled_encoder(monkeypatch, 1e5)
+    run_main(tmp_path, run_dir=tmp_path / "run", cache_dir=str(tmp_path / "cache"), max_steps=7, **CACHED)
+    scaled_encoder(monkeypatch, float("nan"))
     with pytest.raises(CacheError, match="infinite or NaN in float16"):
-        run_main(tmp_path, run_dir=tmp_path / "run", cache_dir=str(tmp_path / "cache"), **CACHED)
+        run_main(tmp_path, run_dir=tmp_path / "other", cache_dir=str(tmp_path / "other"), **CACHED)
+
+
+def test_an_incomplete_cache_is_not_continued_with_other_weights(tmp_path, monkeypatch):
+    """Even if the weights' file was not here when the cache was opened."""
+    run_main(tmp_path, run_dir=tmp_path / "run", cache_dir=str(tmp_path / "cache"), max_steps=2, **CACHED)
+    for file in (tmp_path / "cache").glob("*/features-*/*/meta.json"):
+        meta = json.loads(file.read_text())
+        meta["key"]["weights"] = "0" * 32
+        file.write_text(json.dumps(meta))
+    original = repa_encoders.encoder_weights_file
+    loaded = []
+    monkeypatch.setattr(repa_encoders, "encoder_weights_file", lambda *args: original(*args) if loaded else None)
+    load = repa_loss.load_encoder
+    monkeypatch.setattr(repa_loss, "load_encoder", lambda *args: loaded.append(1) or load(*args))
+    with pytest.raises(CacheError, match="weights was '0000"):
+        run_main(tmp_path, run_dir=tmp_path / "more", cache_dir=str(tmp_path / "cache"), **CACHED)
+    assert loaded
+
+
+def test_an_incomplete_cache_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
+    run_main(tmp_path, run_dir=tmp_path / "run", cache_dir=str(tmp_path / "cache"), max_steps=2, **CACHED)
+
+    def refuse(self, name):
+        raise CacheError(f"cannot write to {self.folder / name}: Permission denied")
+
+    monkeypatch.setattr(RecordCache, "_file", refuse)
+    with pytest.raises(CacheError, match="Permission denied"):
+        run_main(tmp_path, run_dir=tmp_path / "more", cache_dir=str(tmp_path / "cache"), **CACHED)
+    assert not (tmp_path / "more").exists()
+
+
+def test_an_image_that_could_not_be_read_once_does_not_end_a_later_epoch(tmp_path, caplog):
+    data = make_folder(tmp_path / "images")
+    image = (data / "3.bmp").read_bytes()
+    changes = dict(**CACHED, dataset_name="folder", data_path=str(data), val_fraction=0.2)
+    (data / "3.bmp").write_bytes(b"x" * len(image))
+    trainer = make_trainer(tmp_path / "run", cache_dir=str(tmp_path / "cache"), **changes)
+    trainer.train(max_steps=trainer.steps_per_epoch)
+    assert trainer.repa_module._encoder is None
+    (data / "3.bmp").write_bytes(image)
+    trainer.train()
+    assert all(len(path.name) for path in trainer.train_loader.dataset.dataset.paths)
+
+
+def test_a_fill_tries_unreadable_images_again_and_refuses_too_many(tmp_path, caplog):
+    data = make_folder(tmp_path / "images", n=20)
+    changes = dict(**CACHED, dataset_name="folder", data_path=str(data), val_fraction=0.2)
+    content = {i: (data / f"{i}.bmp").read_bytes() for i in range(4)}
+    for i in content:
+        (data / f"{i}.bmp").write_bytes(b"x" * len(content[i]))
+    with pytest.raises(UserError, match="of 16 images cannot be read, more than 1 %"):
+        fill(tmp_path, **changes)
+
+
+def test_after_the_disk_failed_no_image_is_computed_twice(tmp_path, monkeypatch):
+    def write_image(self, index, record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordCache, "_write_image", write_image)
+    trainer = make_trainer(tmp_path / "run", cache_dir=str(tmp_path / "cache"), **CACHED)
+    trainer._prepare_frozen_networks()
+    seen = []
+    trainer.repa_module.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    batch = first_batch(trainer)
+    trainer.compute_loss(batch)
+    trainer.feature_cache._collect_writes(at_most=0)
+    trainer.compute_loss(batch)
+    assert seen == [4, 4, 4]
 
 
 def test_a_loader_of_other_datasets_is_refused(tmp_path):
@@ -444,6 +518,13 @@ def test_a_full_disk_ends_the_command_and_what_is_stored_stays(tmp_path, monkeyp
     monkeypatch.setattr(RecordCache, "_write_image", lambda *args: again.append(args[1]) or original(*args))
     fill(tmp_path, **CACHED)
     assert len(again) == 22 + 6 - 9 and not set(again[:13]) & set(written)
+
+
+@pytest.mark.parametrize("arguments", [["--batch-size", "-1"], ["--batch-size", "0"], ["--device", "tpu"]])
+def test_the_command_refuses_bad_arguments(tmp_path, arguments):
+    (tmp_path / "fill.yaml").write_text(yaml.safe_dump(settings(**CACHED)))
+    with pytest.raises(ConfigError, match=f"{arguments[0]} is "):
+        cache_features.main(["--config", str(tmp_path / "fill.yaml"), *arguments])
 
 
 def test_the_command_refuses_a_config_that_caches_nothing(tmp_path):

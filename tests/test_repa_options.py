@@ -218,3 +218,21 @@ def test_an_earlier_stop_at_a_resume_ends_the_alignment_at_once(tmp_path):
     run_main(tmp_path, run_dir=tmp_path / "run", max_steps=6, resume="latest", **changes)
     steps = [r for r in read_metrics(tmp_path / "run") if "train/loss" in r]
     assert [("train/repa_loss" in r) for r in steps] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(repa_layers=[2]), r"aligned layers \[1\] with efficientnet_lite0, now it is \[2\]"),
+        (dict(repa_projector_hidden=64), "holds another REPA projector: set repa_projector, repa_projector_hidden"),
+    ],
+)
+def test_a_resume_with_another_alignment_is_refused(tmp_path, changes, message):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=1)
+    with pytest.raises(CheckpointError, match=message):
+        run_main(tmp_path, run_dir=tmp_path / "run", resume="latest", **changes)
+
+
+def test_spatial_normalisation_of_a_single_position_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="gives a grid of 1x1, which has no spread over positions"):
+        run_main(tmp_path, repa_spatial_norm=True, repa_image_size=32)

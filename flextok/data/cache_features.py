@@ -10,10 +10,12 @@ command several times, or under torchrun.
 import argparse
 import collections
 import contextlib
+import fcntl
 import logging
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -24,6 +26,7 @@ from ..model.utils.repa_encoders import encoder_dtype, load_encoder
 from ..training.config import TrainConfig, load_config
 from ..training.models import check_repa_settings, load_model
 from ..utils.config import ConfigError
+from ..utils.devices import chosen_device
 from ..utils.errors import UserError
 from .caching import (
     FEATURES,
@@ -36,7 +39,7 @@ from .caching import (
     latent_plans,
 )
 from .images import collate
-from .loader import build_datasets
+from .loader import BrokenFiles, build_datasets
 from .record_cache import RecordCache, check_space, readable_size
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,14 @@ class MissingBatches(Sampler):
             else:
                 claim.close()
 
+    def any_free(self) -> bool:
+        """Whether a range lacks images and no other process works on it."""
+        for index in self.cache.missing()[:: self.batch_size]:
+            with self.cache.claim(int(index), int(index) + 1) as claimed:
+                if claimed:
+                    return True
+        return False
+
     def release(self, n: int) -> None:
         """Release the claims of the first n batches that are still held."""
         for _ in range(n):
@@ -78,6 +89,8 @@ class MissingBatches(Sampler):
 def fill(values: CachedValues, dataset: CachedDataset, batch_size: int, num_workers: int, device: torch.device) -> None:
     """Compute and store what the cache of a split lacks."""
     cache = values.caches[dataset.split]
+    cache.retry_unreadable()
+    broken = BrokenFiles(len(dataset))
     batches = MissingBatches(cache, batch_size)
     loader = DataLoader(
         dataset.dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
@@ -96,6 +109,7 @@ def fill(values: CachedValues, dataset: CachedDataset, batch_size: int, num_work
         while True:
             try:
                 for batch in loader:
+                    broken.add(batch["broken"])
                     values({**batch, "split": dataset.split}, batch["image"].to(device, non_blocking=True), device)
                     done += 1
                     if time.monotonic() - flushed > FLUSH_SECONDS:
@@ -110,9 +124,10 @@ def fill(values: CachedValues, dataset: CachedDataset, batch_size: int, num_work
                 batches.release(len(batches.claims))
             done = 0
             show()
-            if cache.complete:
-                return
-            time.sleep(WAIT_SECONDS)  # for what other processes work on; if one dies, its part is done here
+            while not batches.any_free():  # for what other processes work on; if one dies, its part is done here
+                if cache.complete:
+                    return
+                time.sleep(WAIT_SECONDS)
 
 
 def cache_plans(config: TrainConfig, datasets: Dict[str, CachedDataset], device: torch.device) -> Tuple[dict, Any]:
@@ -131,12 +146,22 @@ def cache_plans(config: TrainConfig, datasets: Dict[str, CachedDataset], device:
     return plans, model
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is within, by a lock file in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".load.lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def load_features(config: TrainConfig, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function from images to what the feature cache stores."""
-    encoder = load_encoder(
-        config.repa_encoder_type, config.repa_encoder_repo, config.repa_encoder_weights, config.repa_image_size,
-        config.repa_encoder_revision, encoder_dtype(config.repa_encoder_dtype, device),
-    )  # fmt: skip
+    with one_at_a_time(Path(config.cache_dir)):  # the first downloads, the others find it there
+        encoder = load_encoder(
+            config.repa_encoder_type, config.repa_encoder_repo, config.repa_encoder_weights, config.repa_image_size,
+            config.repa_encoder_revision, encoder_dtype(config.repa_encoder_dtype, device),
+        )  # fmt: skip
     return encoder_features(encoder.to(device))
 
 
@@ -155,8 +180,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--check", action="store_true", help="print the sizes and what is missing, compute nothing")
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ConfigError(f"--batch-size is {arguments.batch_size}, expected at least 1")
     default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(arguments.device or default)
+    device = chosen_device(arguments.device or default)
     datasets = {
         split: dataset if isinstance(dataset, CachedDataset) else CachedDataset(dataset, split)
         for split, dataset in zip(("train", "val"), build_datasets(config))
@@ -165,7 +192,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     plans, model = cache_plans(config, datasets, device)
     every = [plan for by_split in plans.values() for plan in by_split.values()]
     print("\n".join(plan.describe() for plan in every), flush=True)
-    new = [plan for plan in every if not plan.exists()]
+    new = [plan for plan in every if plan.open() is None]
     if new:
         check_space(new[0].folder, sum(plan.nbytes for plan in new))
     if arguments.check:

@@ -24,6 +24,7 @@ from .record_cache import RecordCache, cache_bytes, check_space, readable_size, 
 
 logger = logging.getLogger(__name__)
 
+MAX_WRITES = 4  # batches that wait for the disk; a slower one slows the filling instead of taking memory
 FEATURES, LATENTS = "features", "latents"  # kinds of values; also their keys in a batch
 
 
@@ -63,11 +64,12 @@ class CachedDataset(Dataset):
             return self.dataset[item]
         index, step, position = item
         caches = self._needed(step).values()
-        if step < self.images_until or not all(cache.stored(cache.resolve([index])).all() for cache in caches):
+        for cache in self.caches.values():  # what could not be read when the cache was filled is not tried again
+            index = int(cache.resolve([index])[0])
+        item = (index, step, position)
+        if step < self.images_until or not all(cache.stored([index]).all() for cache in caches):
             return {**self.dataset[item], "item": item}
         flip = self.dataset.flip and drawn_flip(self.dataset.seed, step, position)
-        for cache in caches:
-            index = int(cache.resolve([index])[0])
         return {"index": index, "position": position, "flip": flip, "broken": (), "item": item}
 
     def collate(self, items: Sequence[dict]) -> dict:
@@ -98,8 +100,10 @@ class CachePlan:
         """The cache, or None if there is none yet; raises CacheError for one of something else."""
         return RecordCache.open(*self._arguments())
 
-    def exists(self) -> bool:
-        return self.open() is not None
+    def is_complete(self) -> bool:
+        """Whether there is a cache and nothing is missing; raises CacheError as `open` does."""
+        cache = self.open()
+        return cache is not None and cache.complete
 
     def describe(self) -> str:
         """Where it is, its size, and what is missing; raises CacheError as `open` does."""
@@ -226,8 +230,15 @@ class CachedValues:
             check_space(new[0].folder, sum(plan.nbytes for plan in new))
         self.caches = {split: existing[split] or plans[split].create() for split in plans}
         for split, cache in self.caches.items():
+            if not cache.complete:
+                cache.open_for_writing()
             datasets[split].caches[name] = cache
             logger.info("%s cache: %s", name, plans[split].describe())
+            if len(cache.unreadable()):
+                logger.warning(
+                    "%d images could not be read when this cache was filled, and others take their places: after a "
+                    "repair run python -m flextok.data.cache_features, which tries them again", len(cache.unreadable()),
+                )  # fmt: skip
         self._writer = ThreadPoolExecutor(1)
         self._writes: List[Future] = []
         self.failure: Optional[OSError] = None  # of a write; from then on nothing is stored
@@ -249,15 +260,24 @@ class CachedValues:
         stored = torch.as_tensor(cache.stored(index))
         if stored.all():
             return cache.read(index, flip).to(device)
-        flip = flip.to(device)
-        upright = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        if self.failure is not None:
+            return self._rounded(self.compute(images), cache)
+        flip_there = flip.to(device, non_blocking=True)
+        upright = torch.where(flip_there[:, None, None, None], images.flip(-1), images)
         both = [self.compute(upright), self.compute(upright.flip(-1))] if cache.flips > 1 else [self.compute(upright)]
-        values = torch.stack(both, dim=1).to(getattr(torch, cache.dtype.name))
+        values = self._rounded(torch.stack(both, dim=1), cache)
         self._store(cache, index, values)
-        values = values[torch.arange(len(index), device=device), flip.long()]
+        values = values[torch.arange(len(index), device=device), flip_there.long()]
         if stored.any():
-            values[stored.to(device)] = cache.read(index[stored], batch["flip"][stored]).to(device)
+            values[stored.to(device)] = cache.read(index[stored], flip[stored]).to(device)
         return values
+
+    @staticmethod
+    def _rounded(values: torch.Tensor, cache: RecordCache) -> torch.Tensor:
+        """Values in the cache's dtype; those beyond its range become its largest."""
+        dtype = getattr(torch, cache.dtype.name)
+        limits = torch.finfo(dtype)
+        return values.clamp(limits.min, limits.max).to(dtype)
 
     def read(self, split: str, indices: torch.Tensor) -> torch.Tensor:
         """Stored values of images that are not mirrored."""
@@ -273,20 +293,21 @@ class CachedValues:
 
     def flush(self) -> None:
         """Wait until everything computed so far is safely on the disk."""
-        self._collect_writes(wait=True)
+        self._collect_writes(at_most=0)
         for cache in self.caches.values():
             self._unless_failed(cache.flush)
 
     def _store(self, cache: RecordCache, index: torch.Tensor, values: torch.Tensor) -> None:
-        self._collect_writes()
+        self._collect_writes(at_most=MAX_WRITES - 1)
         if self.failure is not None:
             return
         copied = None
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             host.copy_(values, non_blocking=True)
-            values, copied = host, torch.cuda.Event()
-            copied.record()
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(values.device))
+            values = host
 
         def write():
             if copied is not None:
@@ -295,9 +316,9 @@ class CachedValues:
 
         self._writes.append(self._writer.submit(write))
 
-    def _collect_writes(self, wait: bool = False) -> None:
-        """Raise what a finished write raised, unless it was a full disk."""
-        while self._writes and (wait or self._writes[0].done()):
+    def _collect_writes(self, at_most: int) -> None:
+        """Wait until no more than so many writes are under way; raises what one raised, unless the disk failed."""
+        while self._writes and (len(self._writes) > at_most or self._writes[0].done()):
             self._unless_failed(self._writes.pop(0).result)
 
     def _unless_failed(self, action: Callable[[], None]) -> None:

@@ -342,15 +342,19 @@ class ImageFolderDataset(Dataset):
         settings = f"{self.img_size} {self.random_crop}"
         return digest([settings, *(f"{name} {_file_size(path)}" for name, path in zip(self.names, self.paths))])
 
-    def content_probe(self, n: int = 16) -> str:
-        """Fingerprint of the bytes of n files, evenly spread: tells apart images of the same names and sizes."""
+    def content_probe(self, n: int = 512) -> str:
+        """Fingerprint of the first and last 4 kB of n files, evenly spread, beyond names and sizes."""
         chosen = range(0, len(self), -(-len(self) // n))
-        return digest(hashlib.blake2b(_file_bytes(self.paths[i]), digest_size=8).hexdigest() for i in chosen)
+        return digest(hashlib.blake2b(_file_ends(self.paths[i]), digest_size=8).hexdigest() for i in chosen)
 
 
-def _file_bytes(path: Path) -> bytes:
+def _file_ends(path: Path, size: int = 4096) -> bytes:
+    """The first and the last bytes of a file; nothing if it is gone."""
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            first = file.read(size)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            return first + file.read(size)
     except OSError:
         return b""
 

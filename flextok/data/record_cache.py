@@ -31,7 +31,7 @@ RESERVE = 64 * 2**20  # bytes that a new cache leaves free on the disk
 FLUSH_BYTES = 256 * 2**20  # write() makes its records durable when so much is pending,
 FLUSH_SECONDS = 30.0  # or when the last flush is so long ago
 NO_SUPPORT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOLCK)  # file systems without locks, or reservation
-REMEDY = "use those settings again, set cache_dir to another folder, or delete this one"
+REMEDY = "use those settings again, or set cache_dir to another folder (or delete this one if nothing else uses it)"
 
 
 class CacheError(UserError, RuntimeError):
@@ -340,12 +340,22 @@ class RecordCache:
         if not np.isfinite(record).all():
             raise CacheError(
                 f"the values of image {index} are infinite or NaN in {self.dtype.name}, expected finite ones: it is "
-                "not stored; compute or store them in a wider dtype"
+                "not stored; look at what computes them, e.g. with repa_encoder_dtype: fp32"
             )
         # Not through the map, where a full disk would be a signal that ends the process.
         _write_at(self._file(RECORDS).fileno(), memoryview(record).cast("B"), index * self._image_bytes)
         self._pending[index] = STORED
         self._pending_bytes += self._image_bytes
+
+    def unreadable(self) -> np.ndarray:
+        """Indices of the images that are marked as unreadable, ascending."""
+        return np.flatnonzero(self._states() == UNREADABLE)
+
+    def retry_unreadable(self) -> None:
+        """Count the images that are marked as unreadable as missing again."""
+        self.flush()
+        for index in self.unreadable():
+            _write_at(self._file(DONE).fileno(), memoryview(bytes([MISSING])), int(index))
 
     def mark_unreadable(self, indices: Any) -> None:
         """Note that the files of these images cannot be read; other processes see it after a flush."""
@@ -357,15 +367,23 @@ class RecordCache:
 
         If that fails, they are not marked, now or later, and count as missing again.
         """
-        pending, self._pending = self._pending, np.zeros_like(self._pending)
+        pending = self._pending.copy()
         self._pending_bytes, self._last_flush = 0, time.monotonic()
         if not pending.any():
             return
-        _sync_data(self._file(RECORDS).fileno())
-        done = self._file(DONE).fileno()
-        for index in np.flatnonzero((pending != MISSING) & (self._done == MISSING)):
-            _write_at(done, memoryview(pending[index : index + 1]), int(index))
-        _sync_data(done)
+        try:
+            _sync_data(self._file(RECORDS).fileno())
+            done = self._file(DONE).fileno()
+            for index in np.flatnonzero((pending != MISSING) & (self._done != STORED)):
+                _write_at(done, memoryview(pending[index : index + 1]), int(index))
+            _sync_data(done)
+        finally:
+            self._pending[pending != MISSING] = MISSING  # last, so that what is being flushed can be read meanwhile
+
+    def open_for_writing(self) -> None:
+        """Raise CacheError now, rather than at the first write, if the cache is read-only."""
+        for name in (RECORDS, DONE):
+            self._file(name)
 
     def _file(self, name: str) -> Any:
         """A file of the folder, unbuffered and writable, kept open until `close`."""

@@ -180,13 +180,19 @@ def repa_target_size(config: TrainConfig, model: nn.Module) -> Tuple[int, int]:
 
 def check_repa_settings(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError unless encoder, dimensions, image size and dtype fit each other; loads nothing."""
-    from ..model.utils.repa_encoders import check_encoder_settings, encoder_dtype
+    from ..model.utils.repa_encoders import check_encoder_settings, encoder_dtype, encoder_facts
 
     try:
         check_encoder_settings(config.repa_encoder_type, config.repa_encoder_dim, config.repa_image_size)
         encoder_dtype(config.repa_encoder_dtype, device)
+        grid = encoder_facts(config.repa_encoder_type, config.repa_image_size).grid
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.repa_spatial_norm and min(grid) < 2:
+        raise ConfigError(
+            f"repa_spatial_norm is true, but {config.repa_encoder_type} gives a grid of {grid[0]}x{grid[1]}, which has "
+            "no spread over positions: set a larger repa_image_size"
+        )
     for key in ("repa_encoder_repo", "repa_encoder_weights"):
         path = getattr(config, key)
         if path is not None and not Path(path).expanduser().exists():

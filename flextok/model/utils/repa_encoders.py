@@ -222,7 +222,13 @@ def encoder_weights_file(
 
 
 def file_digest(path: os.PathLike) -> str:
-    """BLAKE2b of a file's content, 16 bytes in hexadecimal."""
+    """BLAKE2b of a file's content, 16 bytes in hexadecimal; of an unchanged file it is computed once in a process."""
+    status = os.stat(path)
+    return _digest(os.fspath(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=None)
+def _digest(path: str, size: int, modified: int) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -1,0 +1,30 @@
+"""The device that a command runs on."""
+
+import re
+from typing import Optional
+
+import torch
+
+from .config import ConfigError
+
+
+def chosen_device(name: Optional[str]) -> torch.device:
+    """The device called `cpu`, `cuda` or `cuda:N`, by default cuda if there is one; made the current one.
+
+    On CUDA, what stays in fp32 is computed in TF32.
+
+    Raises:
+        ConfigError: Another name, or a CUDA device that is not there.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"--device is {name!r}, expected cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"--device is {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices: use --device cpu"
+            )
+        torch.cuda.set_device(device.index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    return device
