@@ -16,9 +16,9 @@ from .report import console_table, write_report
 from .subjects import load_images, load_subject
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, data_required: bool = True) -> None:
     """The options that an evaluation alone and an ablation share."""
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="folder of images, or `photos`")
+    parser.add_argument("--data", required=data_required, metavar="FOLDER", help="folder of images, or `photos`")
     parser.add_argument("--n-images", type=int, metavar="N", help="images at most (default: all; photos: 256)")
     parser.add_argument("--tokens", metavar="K,K,...", help="token counts (default: powers of two up to the model's)")
     parser.add_argument("--encoder", metavar="NAME", help="for Frechet distance and CKNNA: any repa_encoder_type "
@@ -70,7 +70,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     )
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint, export, .safetensors or Hub name")
     parser.add_argument("--raw", action="store_true", help="a checkpoint's weights as trained, not their average")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: `evaluation` in the run, or evaluation/NAME")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: `evaluation` in the run, or evaluation/NAME"
+    )
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
     add_options(parser)
     arguments = parser.parse_args(argv)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -44,7 +43,8 @@ class Options:
     Attributes:
         tokens: Token counts; None: powers of two up to the model's number.
         encoder: For Frechet distance and CKNNA; None: dinov2_vitl14 if it can be had, else efficientnet_lite0.
-        guidance_scale, norm_guidance, inference_steps: Of the sampler; None: as the training's pictures, or 7.5, APG, 25.
+        guidance_scale, norm_guidance, inference_steps: Of the sampler; None: those of the training's pictures, or
+            7.5, APG, 25.
     """
 
     tokens: Optional[List[int]] = None
@@ -103,7 +103,9 @@ class Evaluator:
         try:
             return load_encoder("dinov2_vitl14", **arguments).to(self.device)
         except UserError as error:
-            log.warning("dinov2_vitl14 cannot be had (%s): %s is used instead", str(error).split("\n")[0], FALLBACK_ENCODER)
+            log.warning(
+                "dinov2_vitl14 cannot be had (%s): %s is used instead", str(error).split("\n")[0], FALLBACK_ENCODER
+            )
             self.skipped["fd with dinov2_vitl14"] = f"{str(error).splitlines()[0]} {FALLBACK_ENCODER} is used instead."
             return load_encoder(FALLBACK_ENCODER, dtype=dtype).to(self.device)
 
@@ -139,11 +141,11 @@ class Evaluator:
         start = time.perf_counter()
         settings = self.settings()
         parts = self.folder / "parts"
-        if _read_json(parts / "settings.json") != settings:
+        if read_json(parts / "settings.json") != settings:
             for file in parts.glob("*"):
                 file.unlink()
             parts.mkdir(parents=True, exist_ok=True)
-            _write_json(parts / "settings.json", settings)
+            write_json(parts / "settings.json", settings)
         with torch.no_grad(), evaluating(self.model):
             encoded = self._encode(self.images)
             originals = self._original_features()
@@ -164,15 +166,15 @@ class Evaluator:
                     "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 },
             }
-        _write_json(self.folder / "results.json", results)
+        write_json(self.folder / "results.json", results)
         return results
 
     def _part(self, file: Path, compute: Callable[[], Optional[dict]]) -> Optional[dict]:
         """What `compute` gives, from its file if an earlier run got that far."""
-        stored = _read_json(file)
+        stored = read_json(file)
         if stored is None:
             stored = {"value": compute()}
-            _write_json(file, stored)
+            write_json(file, stored)
         return stored["value"]
 
     def _about(self, settings: dict) -> dict:
@@ -222,7 +224,9 @@ class Evaluator:
         latents = encoded["latents"][indices].to(self.device)
         with self._autocast():
             if k == VAE:
-                return vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key].clamp(-1, 1), latents
+                return vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key].clamp(
+                    -1, 1
+                ), latents
             quants = self.model.regularizer.indices_to_embedding(encoded["tokens"][indices].to(self.device))
             quants[:, k:] = 0  # what comes after token k is not there; the decoder masks it too
             data = {
@@ -235,25 +239,29 @@ class Evaluator:
 
     def _pooled(self, images: torch.Tensor) -> torch.Tensor:
         """The encoder's features, mean over positions: float64 [B, C]."""
-        return self.encoder(images).double().mean(dim=(2, 3))
+        return metrics.pooled_features(self.encoder(images).double())
 
-    def _original_features(self) -> Dict[str, metrics.FrechetFeatures]:
-        features = {"fd": metrics.FrechetFeatures()}
+    def _original_features(self) -> Dict[str, metrics.FeatureStatistics]:
+        """Statistics of the originals' features, which every token count is compared with."""
+        statistics = {"fd": metrics.FeatureStatistics(self.encoder.dim)}
         if self.inception is not None:
-            features["rfid"] = metrics.FrechetFeatures()
+            statistics["rfid"] = metrics.FeatureStatistics(metrics.INCEPTION_DIM)
         pooled = []
         for _, images in self._batches(self.images, "features"):
             pooled.append(self._pooled(images).cpu())
-            features["fd"].update(pooled[-1], real=True)
+            statistics["fd"].update(pooled[-1])
             if self.inception is not None:
-                features["rfid"].update(self.inception(images), real=True)
+                statistics["rfid"].update(self.inception(images))
         self.encoder_features = torch.cat(pooled)
-        return features
+        if len(self.images) < 2:
+            self.skipped["fd"] = self.skipped["rfid"] = "one image has no covariance"
+            return {}
+        return statistics
 
-    def _reconstruct(self, k, encoded: dict, originals: Dict[str, metrics.FrechetFeatures]) -> dict:
+    def _reconstruct(self, k, encoded: dict, originals: Dict[str, metrics.FeatureStatistics]) -> dict:
         """Metrics of the reconstructions from k tokens."""
         per_image: Dict[str, list] = {}
-        frechet = {name: features.with_same_real() for name, features in originals.items()}
+        frechet = {name: metrics.FrechetFeatures(real.dim, real) for name, real in originals.items()}
         label = "VAE" if k == VAE else f"{k} tokens"
         for indices, images in self._batches(self.images, label):
             reconstruction, latents = self._decode(k, indices, encoded)
@@ -266,9 +274,9 @@ class Evaluator:
                 values["lpips"] = self.lpips(reconstruction, images)
             for name, value in values.items():
                 per_image.setdefault(name, []).append(value.cpu())
-            frechet["fd"].update(self._pooled(reconstruction), real=False)
-            if self.inception is not None:
-                frechet["rfid"].update(self.inception(reconstruction), real=False)
+            for name, features in frechet.items():
+                features_of = self._pooled if name == "fd" else self.inception
+                features.update(features_of(reconstruction), real=False)
         per_image = {name: torch.cat(values) for name, values in per_image.items()}
         result = {name: metrics.mean_with_confidence(values) for name, values in per_image.items()}
         for name, features in frechet.items():
@@ -326,21 +334,30 @@ class Evaluator:
             self.skipped["alignment"] = "the model's decoder keeps no layer for REPA"
             return None
         k = min(10, len(self.images) - 1)
-        result = {"encoder": self.encoder.name, "cosine": None, "constant": None, "layers": [], "k": k,
-                  "n": len(self.images), "tokens_cknna": None, "aligned_layers": self.subject.aligned_layers}  # fmt: skip
+        result = {
+            "encoder": self.encoder.name, "cosine": None, "constant": None, "layers": [], "k": k,
+            "n": len(self.images), "tokens_cknna": None, "aligned_layers": self.subject.aligned_layers,
+        }  # fmt: skip
         if k < 2:
             self.skipped["cknna"] = f"{len(self.images)} images are too few for neighbours"
         else:
             layers = self._pooled_layers(encoded)
             for layer in range(layers.shape[1]):
-                value = cknna(layers[:, layer], self.encoder_features, k)
+                value = self._cknna(f"decoder layer {layer}", layers[:, layer], k)
                 result["layers"].append({"layer": layer, "cknna": value})
-            result["tokens_cknna"] = cknna(encoded["quants"].flatten(1), self.encoder_features, k)
+            result["tokens_cknna"] = self._cknna("tokens", encoded["quants"].flatten(1), k)
         try:
             result.update(self._projected_alignment(encoded))
         except UserError as error:
             self.skipped["alignment cosine"] = str(error)
         return result
+
+    def _cknna(self, name: str, features: torch.Tensor, k: int) -> Optional[float]:
+        try:
+            return cknna(features, self.encoder_features, k)
+        except ValueError as error:  # features that are all the same have no neighbours
+            self.skipped[f"cknna of {name}"] = str(error)
+            return None
 
     def _projected_alignment(self, encoded: dict) -> dict:
         """Cosine of the trained projector's output with its encoder's features, and that of a constant prediction."""
@@ -348,9 +365,9 @@ class Evaluator:
         if module is None:
             self.skipped["alignment cosine"] = "only a training checkpoint with REPA has the trained projector"
             return {}
-        from ..model.utils.repa_loss import constant_prediction_loss, normalised_target_sum
+        from ..model.utils.repa_loss import normalised_target_sum
 
-        cosines, total, count, targets = [], 0.0, 0, []
+        cosines, total, count = [], 0.0, 0
         with self._keeping_layers(self.subject.aligned_layers):
             for indices, images in self._batches(self.images, "alignment"):
                 target = module.target_features(images)
@@ -360,7 +377,6 @@ class Evaluator:
                     cosines.append(-torch.stack(losses).mean().cpu())
                 batch_total, batch_count = normalised_target_sum(target)
                 total, count = total + batch_total, count + batch_count
-        del targets
         # The best constant for these very images, a little more than any constant fitted elsewhere reaches.
         constant = float((total / count).norm())
         return {"projector_encoder": module.encoder_name, "cosine": metrics.mean_with_confidence(torch.stack(cosines)),
@@ -381,10 +397,13 @@ class Evaluator:
             train_encoded, train_labels = {name: value[fitted] for name, value in encoded.items()}, labels[fitted]
             test = ({name: value[~fitted] for name, value in encoded.items()}, labels[~fitted])
         shares = torch.bincount(test[1], minlength=len(images.classes)) / len(test[1])
+        if len(set(train_labels.tolist())) < 2:
+            self.skipped["probes"] = f"{len(train_labels)} images are of one class"
+            return None
         sets = [self._probed_features(train_encoded), self._probed_features(test[0])]
         features = {
             name: {
-                "knn": knn_accuracy(sets[0][name], train_labels, sets[1][name], test[1]),
+                "knn": knn_accuracy(sets[0][name], train_labels, sets[1][name], test[1], min(20, len(train_labels))),
                 "linear": linear_probe_accuracy(sets[0][name], train_labels, sets[1][name], test[1]),
             }
             for name in tqdm(sets[0], desc="probes", leave=False, dynamic_ncols=True)
@@ -413,11 +432,14 @@ class Evaluator:
     # ------------------------------------------------------------------------------------------------------ pictures
 
     def _grids(self, psnr: List[float], encoded: dict) -> Dict[str, str]:
-        """Flexible-length reconstructions of the images that the largest token count reconstructs best, and so on."""
+        """Flexible-length reconstructions of those images that the largest token count reconstructs best, in the middle
+        and worst, and of the first, which are the same for every model."""
         order = torch.tensor(psnr).argsort(descending=True)
         n, middle = min(PICTURED, len(order)), len(order) // 2
         first = max(0, min(middle - n // 2, len(order) - n))
-        chosen = {"best": order[:n], "median": order[first : first + n], "worst": order[-n:]}
+        chosen = {
+            "best": order[:n], "median": order[first : first + n], "worst": order[-n:], "first": torch.arange(n),
+        }  # fmt: skip
         titles = ["VAE", *(f"{k} token{'s' if k > 1 else ''}" for k in self.tokens), "original"]
         for name, indices in chosen.items():
             originals = torch.stack([self.images.dataset[int(i)]["image"] for i in indices])
@@ -446,13 +468,15 @@ def _every_other(labels: torch.Tensor) -> torch.Tensor:
     return chosen
 
 
-def _read_json(path: Path) -> Optional[dict]:
+def read_json(path: Path) -> Optional[dict]:
+    """The value in a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
         return None
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file atomically, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))

@@ -17,6 +17,7 @@ from ..training.export import load_trained_model
 from ..training.models import check_repa_model, repa_target_size
 from ..utils.checkpoint import CheckpointError, load_model_from_safetensors
 from ..utils.config import ConfigError
+from ..utils.random import generator
 
 
 @dataclasses.dataclass
@@ -91,8 +92,8 @@ def load_subject(checkpoint: str, averaged: bool = True) -> Subject:
         return Subject(checkpoint, FlexTokFromHub.from_pretrained(str(path) if path.is_dir() else checkpoint).eval())
     except OSError as error:
         raise ConfigError(
-            f"--checkpoint: {checkpoint!r} is neither a folder, nor in the Hugging Face cache, nor can it be downloaded "
-            f"({error})"
+            f"--checkpoint: {checkpoint!r} is neither a folder, nor in the Hugging Face cache, nor can it be "
+            f"downloaded ({error})"
         ) from error
 
 
@@ -133,7 +134,7 @@ def load_images(data: str, img_size: int, n_images: Optional[int]) -> ImageSet:
     for reconstruction.
 
     Args:
-        n_images: At most so many, spread evenly over the folder; None: all (`photos`: 256).
+        n_images: At most so many, a random choice that is the same each time; None: all (`photos`: 256).
     """
     if data == "photos":
         test = _photos("val", img_size, n_images or 256)
@@ -141,7 +142,8 @@ def load_images(data: str, img_size: int, n_images: Optional[int]) -> ImageSet:
         return test
     paths = list_images(data)
     if n_images is not None and n_images < len(paths):
-        paths = [paths[i * len(paths) // n_images] for i in range(n_images)]
+        chosen = torch.randperm(len(paths), generator=generator(0, "evaluation images"))[:n_images]
+        paths = [paths[i] for i in sorted(chosen.tolist())]
     images = ImageSet(data, ImageFolderDataset(paths, img_size))
     names = [path.parent.name for path in paths]
     classes = sorted(set(names))
