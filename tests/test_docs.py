@@ -8,7 +8,8 @@ import pytest
 import yaml
 from test_train_config import DOCUMENTED_KEYS
 
-from flextok.model.utils.repa_encoders import known_encoders
+from flextok.data.record_cache import cache_bytes
+from flextok.model.utils.repa_encoders import encoder_facts, known_encoders
 from flextok.training.config import TrainConfig, load_config, settings_table
 from train_flextok import FlexTokTrainer
 
@@ -27,6 +28,25 @@ def test_every_command_line_option_is_in_the_readme():
     source = (ROOT / "train_flextok.py").read_text()
     for option in re.findall(r'add_argument\("(--[a-z-]+)"', source):
         assert f"| `{option}" in README
+
+
+def test_every_option_of_evaluation_and_ablation_is_in_the_readme():
+    for name in ("__main__", "ablation"):
+        source = (ROOT / "flextok" / "evaluation" / f"{name}.py").read_text()
+        for option in re.findall(r'add_argument\("(--[a-z0-9-]+)"', source):
+            assert f"`{option}" in README or f"{option} " in README, option
+
+
+def test_cache_sizes_in_the_readme_are_those_of_the_files():
+    names = {"DINOv2-S": "dinov2_vits14", "DINOv2-B": "dinov2_vitb14", "DINOv2-L": "dinov2_vitl14",
+             "DINOv2-G": "dinov2_vitg14", "EfficientNet-Lite0": "efficientnet_lite0"}  # fmt: skip
+    for title, name in names.items():
+        row = next(line for line in README_REPA.splitlines() if line.startswith(f"| {title} |"))
+        for cell, px in zip(row.strip("|").split("|")[1:], (518, 224)):
+            if cell.strip():
+                facts = encoder_facts(name, px)
+                size = cache_bytes(1000, 2, (*facts.grid, facts.dim)) / 1e9
+                assert float(cell.split()[0]) == pytest.approx(size, abs=0.006), (name, px)
 
 
 def test_the_encoder_table_has_the_right_numbers():

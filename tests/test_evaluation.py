@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,9 +262,26 @@ def test_the_command_writes_results_plots_grids_and_one_report(run, tmp_path, ca
     assert report.count("data:image/png;base64,") >= 5 and "<script src" not in report
 
 
+def test_wandb_gets_metrics_by_token_count_and_the_grids(results, tmp_path, monkeypatch):
+    logged, finished = [], []
+
+    class Run:
+        log = staticmethod(logged.append)
+        finish = staticmethod(lambda: finished.append(True))
+
+    fake = SimpleNamespace(init=lambda **settings: logged.append(settings) or Run, Image=lambda path: f"picture {path}")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    command.log_to_wandb("project", results, tmp_path)
+    assert logged[0]["project"] == "project" and logged[0]["config"]["seed"] == 0
+    assert [record["eval/tokens"] for record in logged[1:-1]] == [1, 3, 8]
+    assert logged[1]["eval/psnr"] == results["reconstruction"]["1"]["psnr"]["value"]
+    assert logged[-1]["eval/grid_best"].endswith("grids/best.png") and finished
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
+        (["--device", "tpu"], ConfigError, "--device is 'tpu', expected cpu, cuda or cuda:N"),
         (["--tokens", "1,9"], ConfigError, "but the model has 1 to 8 tokens"),
         (["--tokens", "one"], ConfigError, "--tokens is 'one', expected numbers with commas"),
         (["--n-images", "0"], ConfigError, "--n-images is 0, expected at least 1"),

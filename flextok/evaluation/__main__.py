@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-import torch
-
 from ..utils.config import ConfigError
+from ..utils.devices import chosen_device
 from ..utils.errors import UserError
 from .evaluate import Evaluator, Options
 from .report import console_table, write_report
@@ -51,7 +50,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         encoder=arguments.encoder, encoder_weights=arguments.encoder_weights,
         encoder_image_size=arguments.encoder_image_size, inference_steps=arguments.inference_steps,
         guidance_scale=arguments.guidance_scale, norm_guidance=arguments.norm_guidance,
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"), use_amp=not arguments.fp32,
+        device=str(chosen_device(arguments.device)), use_amp=not arguments.fp32,
     )  # fmt: skip
 
 

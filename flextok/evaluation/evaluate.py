@@ -151,7 +151,10 @@ class Evaluator:
             originals = self._original_features()
             rows = {}
             for k in (VAE, *self.tokens):
-                rows[str(k)] = self._part(parts / f"{k}.json", lambda k=k: self._reconstruct(k, encoded, originals))
+                try:
+                    rows[str(k)] = self._part(parts / f"{k}.json", lambda k=k: self._reconstruct(k, encoded, originals))
+                except ValueError as error:  # of a metric: images that are not finite, or too small for it
+                    raise UserError(f"{'VAE' if k == VAE else f'{k} tokens'}: {error}") from error
             results = {
                 "format": FORMAT,
                 "about": self._about(settings),

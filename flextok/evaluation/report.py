@@ -501,11 +501,20 @@ def plot_metric(results: dict, key: str):
     has_band = any(finite(value) is not None for value in ends[0])
     label = "mean, 95 % confidence over images" if has_band else None
     draw_line(axis, counts, [value_of(measure) for measure in measures], *ends, COLOURS[0], label)
-    vae = value_of((rows.get("vae") or {}).get(key))
-    if vae is not None:
-        axis.axhline(vae, color="#555555", linestyle="--", linewidth=1.2, label="VAE alone")
+    _draw_limit(axis, value_of((rows.get("vae") or {}).get(key)))
     token_axis(axis, counts)
     return figure
+
+
+def _draw_limit(axis, vae: Optional[float]) -> None:
+    """What the VAE alone gives: a line, or words where a line so far away would flatten the curve."""
+    if vae is None:
+        return
+    low, high = axis.get_ylim()
+    if low - 4 * (high - low) <= vae <= high + 4 * (high - low):
+        axis.axhline(vae, color="#555555", linestyle="--", linewidth=1.2, label="VAE alone")
+    else:
+        axis.plot([], [], color="#555555", linestyle="--", linewidth=1.2, label=f"VAE alone: {vae:.4g}, off this axis")
 
 
 def plot_cknna(alignment: dict):
