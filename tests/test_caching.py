@@ -254,10 +254,9 @@ def test_a_disk_without_room_is_found_before_training(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
-def test_a_disk_that_turns_out_full_while_filling_costs_no_training(tmp_path, monkeypatch, caplog):
-    run_main(tmp_path, run_dir=tmp_path / "fine", cache_dir=str(tmp_path / "a"), **CACHED)
-    written = []
-    original = RecordCache._write_image
+def disk_of_nine_images(monkeypatch) -> list:
+    """A disk that is full after nine images; returns the list of those."""
+    original, written = RecordCache._write_image, []
 
     def write_image(self, index, record):
         if len(written) == 9:
@@ -266,6 +265,12 @@ def test_a_disk_that_turns_out_full_while_filling_costs_no_training(tmp_path, mo
         original(self, index, record)
 
     monkeypatch.setattr(RecordCache, "_write_image", write_image)
+    return written
+
+
+def test_a_disk_that_turns_out_full_while_filling_costs_no_training(tmp_path, monkeypatch, caplog):
+    run_main(tmp_path, run_dir=tmp_path / "fine", cache_dir=str(tmp_path / "a"), **CACHED)
+    disk_of_nine_images(monkeypatch)
     run_main(tmp_path, run_dir=tmp_path / "full", cache_dir=str(tmp_path / "b"), **CACHED)
     assert "cache cannot grow ([Errno 28] No space left on device)" in caplog.text
     assert losses_of(tmp_path / "full") == pytest.approx(losses_of(tmp_path / "fine"), abs=1e-4)
@@ -502,15 +507,7 @@ def test_the_command_says_the_size_fills_and_finds_nothing_left_to_do(tmp_path, 
 
 
 def test_a_full_disk_ends_the_command_and_what_is_stored_stays(tmp_path, monkeypatch):
-    original, written = RecordCache._write_image, []
-
-    def write_image(self, index, record):
-        if len(written) == 9:
-            raise OSError(28, "No space left on device")
-        written.append(index)
-        original(self, index, record)
-
-    monkeypatch.setattr(RecordCache, "_write_image", write_image)
+    original, written = RecordCache._write_image, disk_of_nine_images(monkeypatch)
     with pytest.raises(OSError, match="No space left on device"):
         fill(tmp_path, **CACHED)
     monkeypatch.undo()

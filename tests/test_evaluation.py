@@ -205,6 +205,14 @@ def test_a_flat_folder_has_no_classes_and_says_that_probes_are_skipped(run, tmp_
     assert "k-means" in results["codes"]["silhouette_by"]
 
 
+def test_a_broken_image_is_named_and_its_place_taken_by_the_next(run, tmp_path, caplog):
+    folder = make_classes(tmp_path / "images") / "red"
+    (folder / "2.png").write_bytes(b"no image")
+    results = make_evaluator(run, tmp_path / "out", n_images=None, data=str(folder)).run()
+    assert results["reconstruction"]["8"]["psnr"]["n"] == 6
+    assert sum("cannot read the image" in message and "2.png" in message for message in caplog.messages) == 1
+
+
 def test_one_image_is_evaluated_as_far_as_that_goes(run, tmp_path):
     results = make_evaluator(run, tmp_path, n_images=1).run()
     assert results["reconstruction"]["8"]["psnr"]["n"] == 1 and results["reconstruction"]["8"]["psnr"]["low"] is None

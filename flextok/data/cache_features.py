@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
@@ -27,7 +26,7 @@ from ..training.config import TrainConfig, load_config
 from ..training.models import check_repa_settings, load_model
 from ..utils.config import ConfigError
 from ..utils.devices import chosen_device
-from ..utils.errors import UserError
+from ..utils.errors import run_command
 from .caching import (
     FEATURES,
     LATENTS,
@@ -209,7 +208,4 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    try:
-        main()
-    except (UserError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -3,13 +3,12 @@
 import argparse
 import logging
 import re
-import sys
 from pathlib import Path
 from typing import List, Optional
 
 from ..utils.config import ConfigError
 from ..utils.devices import chosen_device
-from ..utils.errors import UserError
+from ..utils.errors import run_command
 from .evaluate import Evaluator, Options
 from .report import console_table, write_report
 from .subjects import load_images, load_subject
@@ -101,7 +100,4 @@ def log_to_wandb(project: str, results: dict, folder: Path) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        main()
-    except (UserError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

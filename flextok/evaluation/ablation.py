@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from ..training.config import TrainConfig, load_config, parse_yaml
 from ..utils.config import ConfigError
-from ..utils.errors import UserError
+from ..utils.errors import UserError, run_command
 from .__main__ import add_options, options_of
 from .ablation_report import console_table, write_ablation_report
 from .evaluate import read_json, write_json
@@ -235,7 +235,4 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    try:
-        main()
-    except (UserError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

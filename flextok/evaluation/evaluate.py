@@ -14,6 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..data.images import collate
+from ..data.loader import BrokenFiles
 from ..model.utils.repa_encoders import FrozenEncoder, encoder_dtype, load_encoder
 from ..training.pictures import save_grid
 from ..utils.config import ConfigError
@@ -89,6 +91,7 @@ class Evaluator:
             perform_norm_guidance=choose(options.norm_guidance, "perform_norm_guidance", True),
         )
         self.skipped: Dict[str, str] = {}
+        self.broken = BrokenFiles(len(images))
         self.encoder = self._load_encoder()
         self.lpips = self._or_skip("lpips", metrics.load_lpips)
         self.inception = self._or_skip("rfid", metrics.load_inception)
@@ -197,8 +200,10 @@ class Evaluator:
 
     def _batches(self, images: ImageSet, text: str) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         """(indices, images on the device) of a set, in order."""
-        loader = DataLoader(images.dataset, self.options.batch_size, num_workers=self.options.num_workers)
+        options = self.options
+        loader = DataLoader(images.dataset, options.batch_size, num_workers=options.num_workers, collate_fn=collate)
         for batch in tqdm(loader, desc=text, unit="batch", leave=False, dynamic_ncols=True):
+            self.broken.add(batch["broken"])
             yield batch["position"], batch["image"].to(self.device)
 
     def _autocast(self):
