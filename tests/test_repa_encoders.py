@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from flextok.model.utils import repa_encoders
+from flextok.model.utils import repa_encoders, repa_timm
 from flextok.model.utils.repa_encoders import (
     EncoderFacts,
     EncoderUnavailable,
@@ -177,7 +177,7 @@ def test_facts_of_every_kind_of_encoder():
 
 def test_facts_need_no_network_no_memory_and_no_random_numbers(hf_cache, monkeypatch):
     state = torch.random.get_rng_state()
-    repa_encoders._probe_timm.cache_clear()
+    repa_timm._probe_timm.cache_clear()
     builds = []
     create = timm.create_model
     monkeypatch.setattr(
