@@ -354,6 +354,25 @@ def test_an_ablation_trains_evaluates_and_reports_and_does_nothing_twice(tmp_pat
     assert "repa" in capsys.readouterr().out
 
 
+def test_the_time_before_an_interruption_counts(tmp_path, monkeypatch):
+    one = ablation.Ablation(Path("configs/ablation_quickstart.yaml"), {}, [], [], [], tmp_path)
+    wait = ablation.os.wait4
+    monkeypatch.setattr(ablation.os, "wait4", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        one._call(["-c", "import time; time.sleep(60)"], tmp_path / "log", tmp_path / "cost.json")
+    first = json.loads((tmp_path / "cost.json").read_text())["seconds"]
+    monkeypatch.setattr(ablation.os, "wait4", wait)
+    cost = one._call(["-c", "pass"], tmp_path / "log", tmp_path / "cost.json")
+    assert cost["seconds"] > first > 0 and cost["peak_memory_bytes"] > 1e6
+
+
+def test_a_mistyped_run_in_a_folder_of_runs_is_no_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is nothing at runs/nix"):
+        load_subject("runs/nix")
+
+
 def test_an_arm_with_a_bad_setting_is_refused_before_any_arm_trains(tmp_path):
     with pytest.raises(ConfigError, match="arm 'repa_stopp=5': unknown setting: 'repa_stopp'"):
         ablation.main(["--config", "configs/ablation_quickstart.yaml", "--arms", "baseline,repa_stopp=5", "--output",

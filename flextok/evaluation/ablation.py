@@ -146,21 +146,24 @@ class Ablation:
     def _call(self, arguments: List[str], output: Path, cost_file: Optional[Path] = None) -> dict:
         """Run Python in a process of its own: seconds and peak memory, summed over the times it was started."""
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TRAINER.parent), os.environ.get("PYTHONPATH", "")])}
-        start = time.perf_counter()
+        start, usage = time.perf_counter(), None
         with open(output, "ab") as file:
             process = subprocess.Popen([sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, env=env)
             try:
                 _, status, usage = os.wait4(process.pid, 0)
-            except BaseException:
-                process.kill()
-                raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-        cost = {"seconds": time.perf_counter() - start, "peak_memory_bytes": usage.ru_maxrss * 1024}
-        if cost_file is not None:
-            earlier = read_json(cost_file) or {"seconds": 0.0, "peak_memory_bytes": 0}
-            cost = {"seconds": cost["seconds"] + earlier["seconds"],
-                    "peak_memory_bytes": max(cost["peak_memory_bytes"], earlier["peak_memory_bytes"])}  # fmt: skip
-            write_json(cost_file, cost)
+                process.returncode = os.waitstatus_to_exitcode(status)
+            finally:
+                if usage is None:
+                    process.kill()
+                    process.wait()
+                cost = {"seconds": time.perf_counter() - start, "peak_memory_bytes": 0}
+                if usage is not None:
+                    cost["peak_memory_bytes"] = usage.ru_maxrss * 1024
+                if cost_file is not None:
+                    earlier = read_json(cost_file) or {"seconds": 0.0, "peak_memory_bytes": 0}
+                    cost["seconds"] += earlier["seconds"]
+                    cost["peak_memory_bytes"] = max(cost["peak_memory_bytes"], earlier["peak_memory_bytes"])
+                    write_json(cost_file, cost)
         if process.returncode != 0:
             last = output.read_text(errors="replace").strip().splitlines()[-1:]
             raise UserError(f"{' '.join(arguments[:3])} ended with {process.returncode}: {' '.join(last)} ({output})")

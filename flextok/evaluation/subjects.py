@@ -86,7 +86,8 @@ def load_subject(checkpoint: str, averaged: bool = True) -> Subject:
         return _load_checkpoint(path, checkpoint, averaged)
     if path.is_file():
         return Subject(checkpoint, load_model_from_safetensors(path).eval())
-    if not path.is_dir() and (path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1):
+    is_hub_name = checkpoint.count("/") == 1 and not path.parent.is_dir()
+    if not path.is_dir() and (path.is_absolute() or checkpoint.startswith(".") or not is_hub_name):
         raise FileNotFoundError(f"--checkpoint: there is nothing at {path}, and it is no Hub name (owner/model)")
     try:
         return Subject(checkpoint, FlexTokFromHub.from_pretrained(str(path) if path.is_dir() else checkpoint).eval())

@@ -14,3 +14,6 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except (UserError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
