@@ -61,19 +61,19 @@ from flextok.training.config import TrainConfig, load_config, write_config
 from flextok.training.ema import EMA
 from flextok.training.logs import MetricsLog
 from flextok.training.models import (
+    build_repa_module,
     check_image_size,
     check_repa_model,
     check_repa_settings,
     known_model_config,
     load_model,
-    repa_target_size,
 )
 from flextok.training.pictures import save_curves, save_grid
 from flextok.training.summary import summary
 from flextok.utils.checkpoint import CheckpointError, load_weights
 from flextok.utils.config import ConfigError
 from flextok.utils.devices import chosen_device
-from flextok.utils.dtypes import autocast_dtype
+from flextok.utils.dtypes import autocast_dtype, precision
 from flextok.utils.errors import UserError
 from flextok.utils.modules import count_parameters, evaluating
 from flextok.utils.random import RANDOM_KEY, BatchRandom
@@ -121,7 +121,9 @@ class FlexTokTrainer:
         self.use_repa, self.repa_weight, self.repa_module = self.config.use_repa, self.config.repa_weight, None
         self.repa_ended = False  # from step `repa_stop` on
         if self.use_repa:
-            self.repa_module = self._build_repa_module()
+            transformer = self.model.decoder.module_dict["dec_transformer"]
+            self.repa_layers = transformer.intermediate_layers = check_repa_model(self.model, self.config.repa_layers)
+            self.repa_module = build_repa_module(self.config, self.model, self.device)
         self.feature_cache: "Optional[CachedValues]" = None  # opened when training starts
         self.latent_cache: "Optional[CachedValues]" = None
         self.autocast_dtype = autocast_dtype(self.device) if self.config.use_amp else None
@@ -160,34 +162,6 @@ class FlexTokTrainer:
             raise ConfigError("train_vae is true, but this model's VAE has no parameters")
         for parameter_name, parameter in model.vae.named_parameters():
             parameter.requires_grad_(config.train_vae and parameter_name != "logvar")  # which plays no part in any loss
-
-    def _build_repa_module(self):
-        from flextok.model.utils.repa_encoders import encoder_dtype  # a run without REPA needs none of it
-        from flextok.model.utils.repa_loss import REPAModule
-
-        config, transformer = self.config, self.model.decoder.module_dict["dec_transformer"]
-        self.repa_layers = transformer.intermediate_layers = check_repa_model(self.model, config.repa_layers)
-        try:
-            repa_module = REPAModule(
-                decoder_dim=transformer.dim,
-                encoder_type=config.repa_encoder_type,
-                encoder_dim=config.repa_encoder_dim,
-                target_size=repa_target_size(config, self.model),
-                image_size=config.repa_image_size,
-                encoder_repo=config.repa_encoder_repo,
-                encoder_weights=config.repa_encoder_weights,
-                encoder_revision=config.repa_encoder_revision,
-                encoder_dtype=encoder_dtype(config.repa_encoder_dtype, self.device),
-                n_layers=len(self.repa_layers),
-                projector=config.repa_projector,
-                hidden_dim=config.repa_projector_hidden,
-                project_when=config.repa_project,
-                spatial_norm=config.repa_spatial_norm_gamma if config.repa_spatial_norm else None,
-                seed=config.seed,
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        return repa_module.to(self.device)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         parts = {"encoder": self.model.encoder, "decoder": self.model.decoder, "vae": self.model.vae}
@@ -231,9 +205,7 @@ class FlexTokTrainer:
     # ------------------------------------------------------------------------------------------------------- losses
 
     def autocast(self):
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        return precision(self.device, self.autocast_dtype)
 
     def compute_loss(self, batch, random: Optional[BatchRandom] = None) -> Dict[str, torch.Tensor]:
         """Losses of one batch, as scalars on the device; nothing here waits for the device.

@@ -1,6 +1,7 @@
 """Small FlexTok models and inputs that several test files use."""
 
 import math
+import socket
 from typing import Dict, List, Union
 
 import torch
@@ -74,6 +75,19 @@ def unpack(value: Union[torch.Tensor, List[torch.Tensor]]) -> torch.Tensor:
 def gradients(module: nn.Module) -> Dict[str, torch.Tensor]:
     """The gradients of a module by parameter name; parameters without one are left out."""
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def cut_off_network(monkeypatch, torch_home) -> None:
+    """A machine without network, with an empty torch.hub cache in the folder `torch_home`."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
 
 
 def save_tiny_vae(folder, seed: int = 0, **options):

@@ -85,3 +85,9 @@ def test_help_lists_the_benchmarks():
     call = [sys.executable, "-m", "flextok.benchmark", "repa", "--help"]
     result = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and all(option in result.stdout for option in ("--batch-sizes", "--dtype", "--json"))
+
+
+def test_an_unknown_device_is_one_line():
+    call = [sys.executable, "-m", "flextok.benchmark", "repa", "--device", "tpu"]
+    result = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stderr.strip() == "error: --device is 'tpu', expected cpu, cuda or cuda:N"

@@ -280,15 +280,15 @@ def test_a_disk_that_turns_out_full_while_filling_costs_no_training(tmp_path, mo
 
 
 def scaled_encoder(monkeypatch, factor):
-    original = train_flextok.FlexTokTrainer._build_repa_module
+    original = train_flextok.build_repa_module
 
-    def build(self):
-        module = original(self)
+    def build(*args):
+        module = original(*args)
         features = module.encoder.features
         module.encoder.features = lambda model, images: features(model, images) * factor
         return module
 
-    monkeypatch.setattr(train_flextok.FlexTokTrainer, "_build_repa_module", build)
+    monkeypatch.setattr(train_flextok, "build_repa_module", build)
 
 
 def test_features_beyond_fp16_are_clamped_and_nan_is_refused(tmp_path, monkeypatch):

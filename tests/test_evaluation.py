@@ -194,6 +194,22 @@ def test_sub_folders_are_classes_and_probes_are_fitted_to_the_other_half(run, tm
     assert results["codes"]["silhouette_by"] == "classes"
 
 
+def test_probes_look_at_the_features_that_the_alignment_computed(run, tmp_path, monkeypatch):
+    """Of the whole folder, where each image has its own noise: not of the halves, whose first images share theirs."""
+    seen = []
+    original = Evaluator._decoder_features
+
+    def features(self, indices, encoded):
+        seen.append((len(encoded["latents"]), indices.tolist()))
+        return original(self, indices, encoded)
+
+    monkeypatch.setattr(Evaluator, "_decoder_features", features)
+    evaluator = make_evaluator(run, tmp_path / "out", n_images=None, data=str(make_classes(tmp_path / "images")))
+    evaluator.subject.projector_state = None
+    evaluator.run()
+    assert {n for n, _ in seen} == {18} and sorted(i for _, indices in seen for i in indices) == list(range(18))
+
+
 def test_photographs_are_classes_and_probes_are_fitted_to_training_crops(results):
     assert results["probes"]["n_train"] == 6 and "coffee" in results["probes"]["classes"]
 
@@ -202,6 +218,8 @@ def test_a_flat_folder_has_no_classes_and_says_that_probes_are_skipped(run, tmp_
     folder = make_classes(tmp_path / "images") / "red"
     results = make_evaluator(run, tmp_path / "out", n_images=None, data=str(folder)).run()
     assert results["probes"] is None and "no classes" in results["skipped"]["probes"]
+    again = make_evaluator(run, tmp_path / "out", n_images=None, data=str(folder)).run()  # from what is stored
+    assert again["skipped"] == results["skipped"]
     assert "k-means" in results["codes"]["silhouette_by"]
 
 

@@ -1,6 +1,5 @@
 """Encoders by name: timm's models, their sizes, layouts and weights, facts, weight files and dtypes."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import cut_off_network
 from safetensors.torch import save_file
 
 from flextok.model.utils import repa_encoders, repa_timm
@@ -58,16 +58,8 @@ LAYOUTS = [
 @pytest.fixture
 def hf_cache(tmp_path, monkeypatch):
     """An empty cache of the Hugging Face Hub and of torch.hub, on a machine without network."""
-
-    def refuse(*args, **kwargs):
-        raise OSError("no network in this test")
-
-    for name in ("getaddrinfo", "create_connection"):
-        monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    cut_off_network(monkeypatch, tmp_path / "torch")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "hf"
 
 

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import skimage.data
 import torch
 import torch.nn.functional as F
+from helpers import cut_off_network
 from skimage.transform import resize as skimage_resize
 from torch import nn
 
@@ -38,15 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def hub_dir(tmp_path, monkeypatch):
     """An empty torch.hub cache that TORCH_HOME names, on a machine without network."""
-
-    def refuse(*args, **kwargs):
-        raise OSError("no network in this test")
-
-    for name in ("getaddrinfo", "create_connection"):
-        monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    cut_off_network(monkeypatch, tmp_path / "torch")
     return tmp_path / "torch" / "hub"
 
 

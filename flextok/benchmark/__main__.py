@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..utils.devices import chosen_device
 from ..utils.dtypes import DTYPES, computes_bf16
+from ..utils.errors import run_command
 from . import repa
 
 BENCHMARKS = {"repa": (repa, "REPA: step time online and from the cache, memory, checkpoint and cache sizes")}
@@ -40,7 +42,7 @@ def main() -> None:
         benchmark.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
         module.add_arguments(benchmark)
     arguments = parser.parse_args()
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(arguments.device)
     dtype = DTYPES[arguments.dtype or ("bf16" if computes_bf16(device) else "fp32")]
     about = {
         "benchmark": arguments.benchmark,
@@ -55,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

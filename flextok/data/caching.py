@@ -6,6 +6,7 @@ in the loader's workers; CachedValues serves a training step, and computes and s
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -53,8 +54,13 @@ class CachedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @functools.cached_property
+    def fingerprint(self) -> Dict[str, str]:
+        """What the images are, for a cache's key; looks at every file, so once in a run."""
+        return {"images": self.dataset.identity(), "files": self.dataset.content_probe()}
+
     def identity(self) -> str:
-        return self.dataset.identity()
+        return self.fingerprint["images"]
 
     def _needed(self, step: int) -> Dict[str, RecordCache]:
         return {name: cache for name, cache in self.caches.items() if step < self.needed_until.get(name, math.inf)}
@@ -126,7 +132,7 @@ class CachePlan:
         return cache_bytes(self.n_images, self.flips, self.shape, self.dtype)
 
 
-def feature_plans(config: Any, datasets: Dict[str, Dataset], device: torch.device) -> Dict[str, CachePlan]:
+def feature_plans(config: Any, datasets: Dict[str, CachedDataset], device: torch.device) -> Dict[str, CachePlan]:
     """The caches of REPA's encoder features [gh, gw, C], in float16, by split; loads nothing."""
     from ..model.utils.repa_encoders import encoder_dtype, encoder_facts, encoder_weights_file, file_digest
 
@@ -149,7 +155,7 @@ def feature_plans(config: Any, datasets: Dict[str, Dataset], device: torch.devic
     return _plans(config, datasets, folder, key, (*facts.grid, facts.dim), "float16")
 
 
-def latent_plans(config: Any, model: nn.Module, datasets: Dict[str, Dataset]) -> Dict[str, CachePlan]:
+def latent_plans(config: Any, model: nn.Module, datasets: Dict[str, CachedDataset]) -> Dict[str, CachePlan]:
     """The caches of the VAE's latent distributions, mean and std [2, C, h, w], in float32, by split."""
     vae = model.vae
     if not hasattr(vae, "moments"):
@@ -175,14 +181,15 @@ def encoder_features(encode: Callable[[torch.Tensor], torch.Tensor]) -> Callable
     return lambda images: encode(images).permute(0, 2, 3, 1)
 
 
-def _plans(config: Any, datasets: Dict[str, Dataset], folder: str, key: dict, shape, dtype) -> Dict[str, CachePlan]:
+def _plans(
+    config: Any, datasets: Dict[str, CachedDataset], folder: str, key: dict, shape, dtype
+) -> Dict[str, CachePlan]:
     source = Path(config.data_path).resolve().name if config.data_path is not None else config.dataset_name
     plans = {}
     for split, dataset in datasets.items():
-        dataset = getattr(dataset, "dataset", dataset)
-        images = {"images": dataset.identity(), "files": dataset.content_probe()}
+        flips = 2 if dataset.dataset.flip else 1
         path = Path(config.cache_dir, _slug(f"{source}-{config.img_size}px"), _slug(folder), split)
-        plans[split] = CachePlan(path, {**key, **images}, len(dataset), 2 if dataset.flip else 1, tuple(shape), dtype)
+        plans[split] = CachePlan(path, {**key, **dataset.fingerprint}, len(dataset), flips, tuple(shape), dtype)
     return plans
 
 

@@ -19,7 +19,7 @@ from ..data.loader import BrokenFiles
 from ..model.utils.repa_encoders import FrozenEncoder, encoder_dtype, load_encoder
 from ..training.pictures import save_grid
 from ..utils.config import ConfigError
-from ..utils.dtypes import autocast_dtype
+from ..utils.dtypes import autocast_dtype, precision
 from ..utils.errors import UserError
 from ..utils.files import write_atomically
 from ..utils.modules import evaluating
@@ -176,11 +176,15 @@ class Evaluator:
         return results
 
     def _part(self, file: Path, compute: Callable[[], Optional[dict]]) -> Optional[dict]:
-        """What `compute` gives, from its file if an earlier run got that far."""
+        """What `compute` gives, and notes as skipped, from its file if an earlier run got that far."""
         stored = read_json(file)
         if stored is None:
-            stored = {"value": compute()}
+            before = set(self.skipped)
+            value = compute()
+            skipped = {name: reason for name, reason in self.skipped.items() if name not in before}
+            stored = {"value": value, "skipped": skipped}
             write_json(file, stored)
+        self.skipped.update(stored["skipped"])
         return stored["value"]
 
     def _about(self, settings: dict) -> dict:
@@ -207,9 +211,7 @@ class Evaluator:
             yield batch["position"], batch["image"].to(self.device)
 
     def _autocast(self):
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return precision(self.device, self.dtype)
 
     def _random(self, indices: torch.Tensor) -> BatchRandom:
         return BatchRandom(self.options.seed, 0, indices.to(self.device), len(self.images))
@@ -232,15 +234,11 @@ class Evaluator:
         latents = encoded["latents"][indices].to(self.device)
         with self._autocast():
             if k == VAE:
-                return vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key].clamp(
-                    -1, 1
-                ), latents
-            quants = self.model.regularizer.indices_to_embedding(encoded["tokens"][indices].to(self.device))
-            quants[:, k:] = 0  # what comes after token k is not there; the decoder masks it too
+                images = vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key]
+                return images.clamp(-1, 1), latents
             data = {
-                pipeline.latents_read_key: quants,
+                self.model.regularizer.tokens_write_key: encoded["tokens"][indices, :k],
                 pipeline.noise_read_key: self._random(indices).normal("evaluation", latents.shape[1:]),
-                **{m.eval_keep_k_read_key: [k] * len(indices) for m in _modules(self.model, "eval_keep_k_read_key")},
             }
             data = self.model.decode(data, **self.sampler)
         return data[vae.images_reconst_write_key].float().clamp(-1, 1), data[pipeline.reconst_write_key].float()
@@ -328,14 +326,17 @@ class Evaluator:
         return "dec_repa_unpacker" in modules and modules["dec_transformer"].intermediate_layer_write_key is not None
 
     def _pooled_layers(self, encoded: dict) -> torch.Tensor:
-        """Mean over positions of every decoder layer's features, [N, layers, D]."""
+        """Mean over positions of every decoder layer's features, [N, layers, D]; computed once for a set."""
+        if "layers" in encoded:
+            return encoded["layers"]
         transformer = self.model.decoder.module_dict["dec_transformer"]
         pooled = []
         with self._keeping_layers(range(transformer.depth)):
             for indices in _index_batches(len(encoded["latents"]), self.options.batch_size, "decoder features"):
                 features = self._decoder_features(indices, encoded).mean(dim=(1, 2))
                 pooled.append(features.unflatten(1, (transformer.depth, -1)).cpu())
-        return torch.cat(pooled)
+        encoded["layers"] = torch.cat(pooled)
+        return encoded["layers"]
 
     def _alignment(self, encoded: dict) -> Optional[dict]:
         if not self._has_layers():
@@ -402,6 +403,8 @@ class Evaluator:
             test = (encoded, labels)
         else:
             fitted = _every_other(labels)
+            if self._has_layers():
+                self._pooled_layers(encoded)  # of the whole set, where each image has its own noise, then divided
             train_encoded, train_labels = {name: value[fitted] for name, value in encoded.items()}, labels[fitted]
             test = ({name: value[~fitted] for name, value in encoded.items()}, labels[~fitted])
         shares = torch.bincount(test[1], minlength=len(images.classes)) / len(test[1])
@@ -458,10 +461,6 @@ class Evaluator:
 
 def _powers_of_two(n_max: int) -> List[int]:
     return sorted({*(2**i for i in range(n_max.bit_length()) if 2**i <= n_max), n_max})
-
-
-def _modules(model: torch.nn.Module, attribute: str) -> List[torch.nn.Module]:
-    return [module for module in model.decoder.modules() if hasattr(module, attribute)]
 
 
 def _index_batches(n: int, batch_size: int, text: str) -> Iterator[torch.Tensor]:

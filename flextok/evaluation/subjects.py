@@ -14,7 +14,7 @@ from ..flextok_wrapper import CONFIG_NAME, FlexTok, FlexTokFromHub
 from ..training.checkpoints import BEST, LATEST, read_checkpoint
 from ..training.config import TrainConfig
 from ..training.export import load_trained_model
-from ..training.models import check_repa_model, repa_target_size
+from ..training.models import build_repa_module, check_repa_model
 from ..utils.checkpoint import CheckpointError, load_model_from_safetensors
 from ..utils.config import ConfigError
 from ..utils.random import generator
@@ -36,28 +36,12 @@ class Subject:
         return self.model.pipeline.default_size()[0] * self.model.vae.downsample_factor
 
     def repa_module(self, device: torch.device) -> Optional[nn.Module]:
-        """The REPA module that it was trained with, its encoder not loaded yet; None if there is none.
-
-        The decoder then keeps the layers that it was aligned by.
-        """
-        if self.projector_state is None or self.config is None:
+        """The REPA module that it was trained with, its encoder not loaded yet; None if there is none."""
+        if self.projector_state is None:
             return None
-        from ..model.utils.repa_encoders import encoder_dtype
-        from ..model.utils.repa_loss import REPAModule
-
-        config, transformer = self.config, self.model.decoder.module_dict["dec_transformer"]
-        layers = check_repa_model(self.model, config.repa_layers)
-        module = REPAModule(
-            decoder_dim=transformer.dim, encoder_type=config.repa_encoder_type, encoder_dim=config.repa_encoder_dim,
-            target_size=repa_target_size(config, self.model), image_size=config.repa_image_size,
-            encoder_repo=config.repa_encoder_repo, encoder_weights=config.repa_encoder_weights,
-            encoder_revision=config.repa_encoder_revision,
-            encoder_dtype=encoder_dtype(config.repa_encoder_dtype, device), n_layers=len(layers),
-            projector=config.repa_projector, hidden_dim=config.repa_projector_hidden, project_when=config.repa_project,
-            spatial_norm=config.repa_spatial_norm_gamma if config.repa_spatial_norm else None,
-        )  # fmt: skip
+        module = build_repa_module(self.config, self.model, device)
         module.load_state_dict(self.projector_state)
-        return module.to(device)
+        return module
 
     @property
     def aligned_layers(self) -> List[int]:

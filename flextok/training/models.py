@@ -178,6 +178,39 @@ def repa_target_size(config: TrainConfig, model: nn.Module) -> Tuple[int, int]:
     return auto_target_size(facts.grid, decoder_grid(model, config.img_size))
 
 
+def build_repa_module(config: TrainConfig, model: nn.Module, device: torch.device) -> nn.Module:
+    """The REPAModule of these settings for a model's decoder, on the device; its encoder is not loaded yet.
+
+    Raises:
+        ConfigError: Settings that do not fit each other, the model or the device.
+    """
+    from ..model.utils.repa_encoders import encoder_dtype  # a run without REPA needs none of it
+    from ..model.utils.repa_loss import REPAModule
+
+    layers = check_repa_model(model, config.repa_layers)
+    try:
+        module = REPAModule(
+            decoder_dim=model.decoder.module_dict["dec_transformer"].dim,
+            encoder_type=config.repa_encoder_type,
+            encoder_dim=config.repa_encoder_dim,
+            target_size=repa_target_size(config, model),
+            image_size=config.repa_image_size,
+            encoder_repo=config.repa_encoder_repo,
+            encoder_weights=config.repa_encoder_weights,
+            encoder_revision=config.repa_encoder_revision,
+            encoder_dtype=encoder_dtype(config.repa_encoder_dtype, device),
+            n_layers=len(layers),
+            projector=config.repa_projector,
+            hidden_dim=config.repa_projector_hidden,
+            project_when=config.repa_project,
+            spatial_norm=config.repa_spatial_norm_gamma if config.repa_spatial_norm else None,
+            seed=config.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return module.to(device)
+
+
 def check_repa_settings(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError unless encoder, dimensions, image size and dtype fit each other; loads nothing."""
     from ..model.utils.repa_encoders import check_encoder_settings, encoder_dtype, encoder_facts
