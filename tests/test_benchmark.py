@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_runs import settings
+from torch.utils.flop_counter import FlopCounterMode
 
-from flextok.benchmark import repa, timing
+from flextok.benchmark import repa, timing, train
+from flextok.benchmark.__main__ import BENCHMARKS
 from flextok.model.utils.repa_encoders import load_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -26,14 +29,59 @@ def test_ratios_are_within_a_round():
     assert timing.spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
 
 
-def test_matmul_peak_is_a_number_of_operations_per_second():
-    assert 1e6 < timing.matmul_peak(CPU, torch.float32, size=64, seconds=0.01) < 1e15
+def test_the_matmul_arm_knows_its_operations():
+    run, flops = timing.matmul_arm(CPU, torch.float32, size=64, seconds=0.001)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    assert counter.get_total_flops() == flops > 0
+
+
+def test_a_limit_is_the_most_or_if_negative_the_least(capsys):
+    rows = [("a", (1.0, 0.5, 2.0), 0.9), ("b", (1.0, 0.5, 2.0), -0.9), ("c", (1.0, 0.5, 2.0), None)]
+    assert timing.report_ratios(rows) == {name: values for name, values, _ in rows}
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split(")")[-1].strip() for line in lines] == ["at most 0.90: NO", "at least 0.90: yes", ""]
 
 
 def test_what_autograd_keeps_is_counted_once_and_without_parameters():
     weight = torch.nn.Parameter(torch.randn(8, 8))
     x = torch.randn(4, 8)
-    assert repa.kept_for_backward(lambda: torch.nn.functional.silu(x @ weight), [weight]) == 2 * 4 * 8 * 4
+    assert train.kept_for_backward(lambda: torch.nn.functional.silu(x @ weight), [weight]) == 2 * 4 * 8 * 4
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The benchmarks' model is a tiny one, for images of 64 px."""
+    monkeypatch.setattr(train, "IMG_SIZE", 64)
+    model = {**settings()["model"], "vae": "stable_diffusion", "patch_size": 2, "latent_channels": 4}
+    monkeypatch.setattr(train, "preset_config", lambda preset, **kwargs: _config(model))
+
+
+def test_operations_of_a_step_are_those_that_torch_counts(tiny):
+    """Three times the forward pass; torch's own counter sees the same products."""
+    trainer = train.build_trainer("d12-d12", CPU)
+    batch = train.latent_batch(trainer, 1)
+    with FlopCounterMode(display=False) as counter:
+        trainer.compute_loss(batch)
+    assert train.forward_flops(trainer) == counter.get_total_flops() > 0
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+def test_a_report_divides_work_by_time_and_by_the_peak_of_the_same_round(capsys):
+    times = {"fp32 peak": [1.0, 2.0, 1.0], "fp32, batch 2": [4.0, 8.0, 2.0], "fp32, batch 4": [8.0, 16.0, 8.0]}
+    arms = train.report_steps(times, flops=1000, peak_flops={"fp32": 1000.0})
+    assert arms["fp32, batch 2"]["mfu"] == (0.5, 0.5, 1.0)
+    assert arms["fp32, batch 2"]["images_per_second"] == (0.5, 0.25, 1.0)
+    rows = {name: values for name, values, _ in train.step_ratios(arms, times, [2, 4], ["fp32"])}
+    assert rows["fp32, time per image, batch 4 / batch 2"] == (1.0, 1.0, 2.0)
+
+
+def test_memory_of_a_step_is_said_in_parts(tiny):
+    parts = train.memory_of_a_step("d12-d12", 2, CPU, False)
+    n_trained = train.build_trainer("d12-d12", CPU).trained_parameters
+    assert parts["gradients"] == 4 * sum(p.numel() for p in n_trained) == parts["AdamW's moments"] // 2
+    less = train.memory_of_a_step("d12-d12", 2, CPU, True)
+    assert less["kept for the backward pass"] < parts["kept for the backward pass"] < parts["peak"]
 
 
 def test_a_checkpoint_grows_by_the_projector_and_its_moments_alone():
@@ -42,15 +90,12 @@ def test_a_checkpoint_grows_by_the_projector_and_its_moments_alone():
     assert sizes["projector_and_moments"] < growth <= 1.01 * sizes["projector_and_moments"]
 
 
-def test_every_arm_of_the_step_benchmark_runs_and_does_what_its_name_says(tmp_path, monkeypatch):
+def test_every_arm_of_the_step_benchmark_runs_and_does_what_its_name_says(tmp_path, tiny):
     """On a tiny model and EfficientNet: which arms run the encoder, and which train the projector."""
-    monkeypatch.setattr(repa, "IMG_SIZE", 64)
     encoder = load_encoder("efficientnet_lite0", image_size=64)
     calls = []
     encoder.register_forward_hook(lambda *args: calls.append(1))
-    model = {**settings()["model"], "vae": "stable_diffusion", "patch_size": 2, "latent_channels": 4}
-    monkeypatch.setattr(repa, "preset_config", lambda preset, **kwargs: _config(model))
-    trainer = repa.build_trainer("d12-d12", 2, False, CPU, encoder)
+    trainer = repa.build_repa_trainer("d12-d12", False, CPU, encoder)
     data = repa.CachedBatches(tmp_path, (2, 2), 1280, 2, (4, 8, 8), n_images=4)
     arms = repa.step_arms(trainer, data, encoder)
     for name, run in arms.items():
@@ -81,13 +126,23 @@ def test_sizes_follow_from_grids_and_widths():
     assert large["projector_parameters"][1152] == 8_655_872
 
 
+def benchmark(*arguments):
+    call = [sys.executable, "-m", "flextok.benchmark", *arguments]
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
 def test_help_lists_the_benchmarks():
-    call = [sys.executable, "-m", "flextok.benchmark", "repa", "--help"]
-    result = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = benchmark("--help")
+    assert result.returncode == 0 and all(name in result.stdout for name in BENCHMARKS)
+    result = benchmark("train", "--help")
     assert result.returncode == 0 and all(option in result.stdout for option in ("--batch-sizes", "--dtype", "--json"))
 
 
 def test_an_unknown_device_is_one_line():
-    call = [sys.executable, "-m", "flextok.benchmark", "repa", "--device", "tpu"]
-    result = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = benchmark("repa", "--device", "tpu")
     assert result.returncode == 1 and result.stderr.strip() == "error: --device is 'tpu', expected cpu, cuda or cuda:N"
+
+
+def test_a_count_below_one_is_refused_at_once():
+    result = benchmark("data", "--files", "0")
+    assert result.returncode == 2 and "argument --files: 0 is not at least 1" in result.stderr

@@ -10,9 +10,15 @@ import torch
 from ..utils.devices import chosen_device
 from ..utils.dtypes import DTYPES, computes_bf16
 from ..utils.errors import run_command
-from . import repa
+from . import data, repa, startup, train
+from .timing import at_least_1
 
-BENCHMARKS = {"repa": (repa, "REPA: step time online and from the cache, memory, checkpoint and cache sizes")}
+BENCHMARKS = {
+    "train": (train, "training: step time, share of the machine's matrix-product peak, memory"),
+    "data": (data, "image loading: JPEGs to tensors on one core, against Pillow and torchvision"),
+    "startup": (startup, "start-up: --help, and the first step of the quick start, in fresh processes"),
+    "repa": (repa, "REPA: step time online and from the cache, memory, checkpoint and cache sizes"),
+}
 
 
 def machine(device: torch.device) -> str:
@@ -37,8 +43,10 @@ def main() -> None:
         benchmark = benchmarks.add_parser(name, help=text)
         benchmark.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
         benchmark.add_argument("--dtype", choices=sorted(DTYPES), help="fp32 or autocast (default: bf16 if it is fast)")
-        benchmark.add_argument("--batch-sizes", type=int, nargs="+", default=[4], help="default: 4")
-        benchmark.add_argument("--rounds", type=int, default=5, help="rounds in which the arms take turns (default: 5)")
+        benchmark.add_argument("--batch-sizes", type=at_least_1, nargs="+", default=[4], metavar="N", help="default: 4")
+        benchmark.add_argument(
+            "--rounds", type=at_least_1, default=5, metavar="N", help="rounds in which the arms take turns (default: 5)"
+        )
         benchmark.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
         module.add_arguments(benchmark)
     arguments = parser.parse_args()

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List
+from typing import Any, Callable, Dict, List
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -13,15 +13,14 @@ from train_flextok import FlexTokTrainer
 
 from ..data.record_cache import RecordCache, cache_bytes
 from ..flextok_wrapper import FlexTokFromHub
-from ..model.builder import preset_config
 from ..model.utils.repa_encoders import FrozenEncoder, encoder_facts, known_encoders
 from ..model.utils.repa_loss import REPAModule, projector_parameters
 from ..training.config import TrainConfig
 from ..training.models import new_model_config
 from ..utils.modules import count_parameters
-from .timing import alternate, ratio, spread
+from .timing import alternate, ratio, report_ratios, report_seconds
+from .train import IMG_SIZE, build_trainer, kept_for_backward
 
-IMG_SIZE = 256
 WIDTHS = (768, 1152, 1792)  # of the decoders d12, d18, d28
 
 
@@ -106,35 +105,13 @@ def step_arms(trainer: FlexTokTrainer, data: CachedBatches, encoder: FrozenEncod
     }
 
 
-def build_trainer(preset: str, batch_size: int, autocast: bool, device: torch.device, encoder: FrozenEncoder):
-    """A trainer with latents and features given; the model's weights are random."""
-    config = dict(
-        model=dict(preset=preset), img_size=IMG_SIZE, batch_size=batch_size, use_amp=autocast, use_repa=True,
-        repa_encoder_type=encoder.name, repa_image_size=encoder.image_size, use_wandb=False,
+def build_repa_trainer(preset: str, autocast: bool, device: torch.device, encoder: FrozenEncoder) -> FlexTokTrainer:
+    trainer = build_trainer(
+        preset, device, use_amp=autocast, use_repa=True, repa_encoder_type=encoder.name,
+        repa_image_size=encoder.image_size,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        model = FlexTokFromHub(preset_config(preset, vae_hub_path=None))
-    images = TensorDataset(torch.zeros(1000 * batch_size, 1).expand(-1, 3)[:, :, None, None])
-    trainer = FlexTokTrainer(config, model, DataLoader(images, batch_size), None, device)
     trainer.repa_module.encoder = encoder
-    trainer.latent_cache = lambda batch, images, device: batch["latents"].to(device)
     return trainer
-
-
-def kept_for_backward(run: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors that autograd keeps for the backward pass of `run()`, besides the parameters."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    sizes: Dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in known:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()  # alive until here, so that no address is used twice
-    del result
-    return sum(sizes.values())
 
 
 def projector_memory(decoder_dim: int, encoder: str, autocast: Callable[[], Any]) -> Dict[str, int]:
@@ -200,7 +177,7 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     encoder = random_encoder(arguments.encoder, arguments.image_size, dtype).to(device)
     result: Dict[str, Any] = {"preset": arguments.preset, "encoder": arguments.encoder, "image_size": facts.image_size}
     for batch_size in arguments.batch_sizes:
-        trainer = build_trainer(arguments.preset, batch_size, autocast, device, encoder)
+        trainer = build_repa_trainer(arguments.preset, autocast, device, encoder)
         with tempfile.TemporaryDirectory() as folder:
             latent_shape = (trainer.model.vae.latent_channels, IMG_SIZE // 8, IMG_SIZE // 8)
             data = CachedBatches(Path(folder), facts.grid, facts.dim, batch_size, latent_shape)
@@ -221,20 +198,14 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
 def report_times(times: Dict[str, List[float]], batch_size: int) -> dict:
     base = times["no REPA"]
     sum_of_parts = [sum(parts) for parts in zip(base, times["encoder alone"], times["projector alone, after_resize"])]
-    ratios = {
-        "cached, before_resize / no REPA": (ratio(times["cached, before_resize"], base), 1.10),
-        "cached, after_resize / no REPA": (ratio(times["cached, after_resize"], base), 1.25),
-        "online / (no REPA + encoder + projector)": (ratio(times["online, after_resize"], sum_of_parts), 1.05),
-        "online / no REPA": (ratio(times["online, after_resize"], base), None),
-    }
-    print(f"\nbatch {batch_size}: seconds per step, median (smallest to largest) of {len(base)} rounds")
-    for name, values in times.items():
-        print("  {:<42} {:8.3f}  ({:.3f} to {:.3f})".format(name, *spread(values)))
-    print("ratios within a round")
-    for name, (values, limit) in ratios.items():
-        wanted = "" if limit is None else f"  at most {limit:.2f}: {'yes' if values[0] <= limit else 'NO'}"
-        print("  {:<42} {:8.3f}  ({:.3f} to {:.3f}){}".format(name, *values, wanted))
-    return {"seconds": times, "ratios": {name: values for name, (values, _) in ratios.items()}}
+    ratios = [
+        ("cached, before_resize / no REPA", ratio(times["cached, before_resize"], base), 1.10),
+        ("cached, after_resize / no REPA", ratio(times["cached, after_resize"], base), 1.25),
+        ("online / (no REPA + encoder + projector)", ratio(times["online, after_resize"], sum_of_parts), 1.05),
+        ("online / no REPA", ratio(times["online, after_resize"], base), None),
+    ]
+    report_seconds(times, f"batch {batch_size}: seconds per step")
+    return {"seconds": times, "ratios": report_ratios(ratios)}
 
 
 def report_memory(result: dict) -> None:

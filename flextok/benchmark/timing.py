@@ -1,10 +1,19 @@
 """Timing on machines whose speed drifts: the arms of a comparison take turns, and ratios are within one round."""
 
+import argparse
 import statistics
 import time
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
+
+
+def at_least_1(text: str) -> int:
+    """Type of a command-line option: a count."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
 
 
 def synchronize(device: torch.device) -> None:
@@ -36,18 +45,42 @@ def ratio(numerator: List[float], denominator: List[float]) -> Tuple[float, floa
     return spread([a / b for a, b in zip(numerator, denominator)])
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.5) -> float:
-    """FLOP/s of repeated products of two size x size matrices: what this machine reaches now."""
+def matmul_arm(
+    device: torch.device, dtype: torch.dtype, size: Optional[int] = None, seconds: float = 0.5
+) -> Tuple[Callable[[], object], float]:
+    """Repeated products of two square matrices, about `seconds` of them: (an arm for `alternate`, its FLOPs).
+
+    FLOPs over seconds is what this machine reaches now, the peak that a model's FLOP/s are compared with.
+
+    Args:
+        size: Rows and columns; default: 2048 on a CPU, 8192 on a GPU.
+    """
+    size = size or (2048 if device.type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = a @ b
-    n = 1
-    while True:
-        synchronize(device)
-        start = time.perf_counter()
+
+    def run(n: int) -> None:
         for _ in range(n):
             torch.mm(a, b, out=product)
-        synchronize(device)
-        elapsed = time.perf_counter() - start
-        if elapsed >= seconds:
-            return n * 2 * size**3 / elapsed
-        n = max(n + 1, int(1.2 * n * seconds / max(elapsed, 1e-6)))
+
+    elapsed = min(alternate({"": lambda: run(1)}, 3, device)[""])
+    n = max(1, round(seconds / max(elapsed, 1e-6)))
+    return lambda: run(n), n * 2.0 * size**3
+
+
+def report_seconds(times: Dict[str, List[float]], title: str) -> None:
+    print(f"\n{title}, median (smallest to largest) of {len(next(iter(times.values())))} rounds")
+    for name, values in times.items():
+        print("  {:<46} {:9.4f}  ({:.4f} to {:.4f})".format(name, *spread(values)))
+
+
+def report_ratios(rows: List[Tuple[str, Tuple[float, float, float], Optional[float]]]) -> dict:
+    """Print ratios (name, (median, smallest, largest), limit): at most `limit` is wanted, or at least, if negative."""
+    print("ratios within a round")
+    for name, values, limit in rows:
+        wanted = ""
+        if limit is not None:
+            met = values[0] <= limit if limit > 0 else values[0] >= -limit
+            wanted = f"  at {'most' if limit > 0 else 'least'} {abs(limit):.2f}: {'yes' if met else 'NO'}"
+        print("  {:<46} {:9.3f}  ({:.3f} to {:.3f}){}".format(name, *values, wanted))
+    return {name: values for name, values, _ in rows}

@@ -21,6 +21,11 @@ def parse_dtype(name: Optional[str]) -> Optional[torch.dtype]:
     return DTYPES[name]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """fp32, bf16 or fp16."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def precision(device: torch.device, dtype: Optional[torch.dtype]):
     """Context in which matrix products run in `dtype`: None leaves autocast as it is, fp32 switches it off."""
     if dtype is None:

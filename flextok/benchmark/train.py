@@ -1,0 +1,256 @@
+"""Training speed: seconds and images per second, share of the machine's matrix-product peak, peak memory."""
+
+import argparse
+import multiprocessing
+import resource
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List
+
+import torch
+import torch.nn as nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from train_flextok import FlexTokTrainer
+
+from ..flextok_wrapper import FlexTokFromHub
+from ..model.builder import preset_config
+from ..model.layers.attention import Attention
+from ..utils.dtypes import name_of
+from .timing import alternate, matmul_arm, ratio, report_ratios, report_seconds, spread
+
+IMG_SIZE = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="d12-d12", help="model: d12-d12, d18-d18 or d18-d28 (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="time the steps with it")
+    parser.add_argument("--memory-batch-size", type=int, default=8, metavar="N", help="0: skip memory (default: 8)")
+
+
+# --------------------------------------------------------------------------------------------------------- the subject
+
+
+def build_trainer(preset: str, device: torch.device, **settings) -> FlexTokTrainer:
+    """A trainer whose batches bring their latents (`latent_batch`); the model's weights are random."""
+    config = dict(model=dict(preset=preset), img_size=IMG_SIZE, use_wandb=False, **settings)
+    with torch.random.fork_rng(devices=[]):
+        model = FlexTokFromHub(preset_config(preset, vae_hub_path=None))
+    images = TensorDataset(torch.zeros(100_000, 1).expand(-1, 3)[:, :, None, None])
+    trainer = FlexTokTrainer(config, model, DataLoader(images, config.get("batch_size", 1)), None, device)
+    trainer.latent_cache = lambda batch, images, device: batch["latents"].to(device)
+    return trainer
+
+
+def latent_batch(trainer: FlexTokTrainer, batch_size: int) -> dict:
+    """A batch as the loader gives it when all latents are cached."""
+    vae = trainer.model.vae
+    size = IMG_SIZE // vae.downsample_factor
+    moments = torch.randn(batch_size, 2, vae.latent_channels, size, size, generator=torch.Generator().manual_seed(1))
+    return {"index": torch.arange(batch_size), "flip": torch.zeros(batch_size, dtype=torch.bool), "broken": [],
+            "position": torch.arange(batch_size), "split": "train", "latents": moments * 0.5}  # fmt: skip
+
+
+def forward_flops(trainer: FlexTokTrainer) -> int:
+    """Operations of the model's forward pass on one image: its matrix products, counted while they run.
+
+    A linear layer takes 2 * inputs * outputs per token, attention 4 * queries * keys * width; what attention computes
+    for the upper half of a causal square counts, recomputation and all else does not. With the gradients of inputs and
+    weights a training step takes three times as much.
+    """
+    total = 0
+
+    def linear(module: nn.Linear, args: tuple, output: torch.Tensor) -> None:
+        nonlocal total
+        total += 2 * output.numel() * module.in_features
+
+    def attention(module: Attention, args: tuple, output: torch.Tensor) -> None:
+        nonlocal total
+        n, mask = output.shape[1], args[1] if len(args) > 1 else None
+        n_prefix = 0 if mask is None else mask.n_prefix
+        total += 4 * output.shape[0] * output.shape[2] * (n_prefix**2 + (n - n_prefix) * n)
+
+    hooks = [
+        module.register_forward_hook(linear if isinstance(module, nn.Linear) else attention)
+        for part in (trainer.model.encoder, trainer.model.decoder)
+        for module in part.modules()
+        if isinstance(module, (nn.Linear, Attention))
+    ]
+    with torch.no_grad():
+        trainer.compute_loss(latent_batch(trainer, 1))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------------- time
+
+
+def step_arm(trainer: FlexTokTrainer, batch_size: int, dtype: torch.dtype) -> Callable[[], Any]:
+    """Forward, backward, clipping and AdamW on a batch whose latents are given."""
+    batch = latent_batch(trainer, batch_size)
+
+    def step() -> None:
+        trainer.autocast_dtype = None if dtype == torch.float32 else dtype
+        trainer.update([batch])
+
+    return step
+
+
+def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
+    """All measurements as plain numbers; prints them."""
+    settings = dict(gradient_checkpointing=arguments.gradient_checkpointing)
+    trainers = {"": build_trainer(arguments.preset, device, **settings)}
+    if arguments.compile:
+        trainers[" compiled"] = build_trainer(arguments.preset, device, compile=True, **settings)
+    flops = 3 * forward_flops(trainers[""])
+    dtypes = {name_of(d): d for d in (torch.float32, dtype)}
+    arms, peak_flops = {}, {}
+    for name, d in dtypes.items():
+        arms[f"{name} peak"], peak_flops[name] = matmul_arm(device, d)
+        for suffix, trainer in trainers.items():
+            for n in arguments.batch_sizes:
+                arms[f"{name}{suffix}, batch {n}"] = step_arm(trainer, n, d)
+    times = alternate(arms, arguments.rounds, device, warmup=2 if arguments.compile else 1)
+    print(f"\n{arguments.preset}, {IMG_SIZE} px, latents given: forward, backward, clipping, AdamW")
+    print(f"model: {flops / 1e12:.4f} TFLOP per image and step, three times its forward pass")
+    result: Dict[str, Any] = {"preset": arguments.preset, "flops_per_image": flops, "seconds": times}
+    result["arms"] = report_steps(times, flops, peak_flops)
+    result["ratios"] = report_ratios(step_ratios(result["arms"], times, arguments.batch_sizes, list(dtypes)))
+    del trainers
+    if arguments.memory_batch_size:
+        result["memory"] = report_memory(arguments.preset, arguments.memory_batch_size, device)
+    return result
+
+
+def report_steps(times: Dict[str, List[float]], flops: int, peak_flops: Dict[str, float]) -> Dict[str, dict]:
+    """Per arm: images and operations per second, and their share of the peak of the same dtype and round."""
+    arms = {}
+    report_seconds(times, "seconds")
+    print(f"\n{'':<24} {'images/s':>9} {'TFLOP/s':>9} {'peak':>9}   share of the peak in the same round")
+    for name, values in times.items():
+        if name.endswith(" peak"):
+            continue
+        dtype, batch_size = name.split(",")[0].split()[0], int(name.rsplit(" ", 1)[1])
+        peaks = [peak_flops[dtype] / seconds for seconds in times[f"{dtype} peak"]]
+        rates = [flops * batch_size / seconds for seconds in values]
+        share = ratio(rates, peaks)
+        images = spread([batch_size / seconds for seconds in values])
+        arms[name] = {
+            "images_per_second": images,
+            "flops_per_second": spread(rates),
+            "peak": spread(peaks),
+            "mfu": share,
+        }
+        print(f"{name:<24} {images[0]:>9.3f} {spread(rates)[0] / 1e12:>9.3f} {spread(peaks)[0] / 1e12:>9.3f}   "
+              "{:.3f}  ({:.3f} to {:.3f})".format(*share))  # fmt: skip
+    return arms
+
+
+def step_ratios(arms: Dict[str, dict], times: Dict[str, List[float]], batch_sizes: List[int], dtypes: List[str]):
+    """Rows for report_ratios."""
+    rows = []
+    first, last = batch_sizes[0], batch_sizes[-1]
+    for n in batch_sizes:
+        rows.append((f"fp32 share of peak, batch {n}", arms[f"fp32, batch {n}"]["mfu"], -0.65))
+        if len(dtypes) > 1:
+            fp32_by_other = ratio(times[f"fp32, batch {n}"], times[f"{dtypes[1]}, batch {n}"])
+            rows.append((f"fp32 / {dtypes[1]}, batch {n}", fp32_by_other, -1.8))
+        for dtype in dtypes:
+            if f"{dtype} compiled, batch {n}" in times:
+                eager_by_compiled = ratio(times[f"{dtype}, batch {n}"], times[f"{dtype} compiled, batch {n}"])
+                rows.append((f"{dtype}: eager / compiled, batch {n}", eager_by_compiled, None))
+    if last != first:
+        for dtype in dtypes:
+            per_image = [[t / n for t in times[f"{dtype}, batch {n}"]] for n in (last, first)]
+            rows.append((f"{dtype}, time per image, batch {last} / batch {first}", ratio(*per_image), 1.10))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def kept_for_backward(run: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass of `run()`, besides the parameters."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    sizes: Dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()  # alive until here, so that no address is used twice
+    del result
+    return sum(sizes.values())
+
+
+def process_peak() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except OSError:  # no Linux: ru_maxrss is in bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def memory_of_a_step(preset: str, batch_size: int, device: torch.device, checkpointing: bool) -> Dict[str, int]:
+    """Bytes: the process's (CPU) or allocator's (CUDA) peak over three fp32 steps, and what it is made of."""
+    runtime = process_peak()
+    trainer = build_trainer(preset, device, use_amp=False, gradient_checkpointing=checkpointing)
+    batch = latent_batch(trainer, batch_size)
+    for _ in range(3):
+        trainer.update([batch])
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak()
+    nbytes = lambda tensors: sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # noqa: E731
+    trained = nbytes(trainer.trained_parameters)
+    moments = nbytes(v for state in trainer.optimizer.state.values() for v in state.values() if v.ndim)
+    trainer.model.train()
+    kept = kept_for_backward(lambda: trainer.compute_loss(batch)["loss"], trainer.model.parameters())
+    return {
+        "peak": peak,
+        "weights (VAE included)": nbytes(trainer.model.parameters()),
+        "gradients": trained,
+        "AdamW's moments": moments,
+        "kept for the backward pass": kept,
+        "PyTorch itself": 0 if device.type == "cuda" else runtime,
+    }
+
+
+def _send_memory(connection, *arguments) -> None:
+    connection.send(memory_of_a_step(*arguments))
+
+
+def in_a_process_of_its_own(target: Callable, *arguments) -> Any:
+    """What `target` sends through the connection that it gets first, run in a fresh process: peaks are its alone."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(sender, *arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None  # killed: out of memory
+    finally:
+        process.join()
+
+
+def report_memory(preset: str, batch_size: int, device: torch.device) -> Dict[str, dict]:
+    result = {}
+    for name, checkpointing, limit in (("fp32", False, 13e9), ("fp32, gradient checkpointing", True, 7e9)):
+        parts = in_a_process_of_its_own(_send_memory, preset, batch_size, device, checkpointing)
+        result[name] = parts
+        if parts is None:
+            print(f"\npeak memory, {name}, batch {batch_size}: more than this machine has")
+            continue
+        is_target = preset == "d12-d12" and batch_size == 8
+        wanted = f"  under {limit / 1e9:.0f} GB: {'yes' if parts['peak'] < limit else 'NO'}" if is_target else ""
+        print(f"\npeak memory, {name}, batch {batch_size}: {parts['peak'] / 1e9:.2f} GB{wanted}")
+        for part, size in parts.items():
+            if part != "peak":
+                print(f"  {part:<32} {size / 1e9:6.2f} GB")
+        rest = 2 * parts["peak"] - sum(parts.values())
+        print(f"  {'the rest: passing values':<32} {rest / 1e9:6.2f} GB")
+    return result

@@ -1,0 +1,96 @@
+"""The benchmarks of image loading and start-up; no test depends on how long anything takes."""
+
+import argparse
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flextok.benchmark import data, startup
+from flextok.utils.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def arguments(module, *options):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    module.add_arguments(parser)
+    return parser.parse_args(options)
+
+
+def test_both_ways_of_loading_give_nearly_the_same_images(capsys):
+    threads = torch.get_num_threads()
+    options = ("--source-size", "128", "--image-size", "32", "--files", "2", "--rounds", "2")
+    result = data.run(arguments(data, *options), CPU, torch.float32)
+    assert torch.get_num_threads() == threads
+    assert {name: len(rates) for name, rates in result["images_per_second"].items()} == {"plain": 2, "ours": 2}
+    assert result["ratio"][1] <= result["ratio"][0] <= result["ratio"][2]
+    difference = result["difference"]
+    assert 0 < difference["mean"] <= difference["largest_mean_of_a_file"] < 2
+    assert difference["mean"] < difference["maximum"] < 30
+    printed = capsys.readouterr().out
+    assert "ours / plain" in printed and "mean absolute" in printed
+
+
+def test_default_sizes_are_those_of_the_target():
+    defaults = arguments(data)
+    assert (defaults.source_size, defaults.image_size) == (1024, 256)
+
+
+def test_jpegs_are_squares_of_different_photographs(tmp_path):
+    paths = data.write_jpegs(tmp_path, 12, 64)
+    images = [Image.open(path) for path in paths]
+    assert all((image.format, image.size, image.mode) == ("JPEG", (64, 64), "RGB") for image in images)
+    assert len({path.read_bytes() for path in paths}) == 12
+
+
+def test_square_keeps_the_centre_and_mirrors_beyond_the_end():
+    pixels = np.arange(4 * 8 * 3, dtype=np.uint8).reshape(4, 8, 3)
+    assert np.array_equal(data.square(pixels, 2), pixels[1:3, 3:5])
+    mirrored = data.square(pixels, 5)
+    assert mirrored.shape == (5, 5, 3)
+    assert np.array_equal(mirrored, pixels[[0, 1, 2, 3, 3], 1:6])
+
+
+def test_difference_is_in_units_of_a_255th():
+    a = [torch.full((3, 2, 2), -1.0), torch.zeros(3, 2, 2)]
+    b = [torch.full((3, 2, 2), -1.0), torch.zeros(3, 2, 2)]
+    b[1][0, 0, 0] = 2 / 255
+    values = data.difference(a, b)
+    assert values["maximum"] == pytest.approx(1)
+    assert values["largest_mean_of_a_file"] == pytest.approx(1 / 12)
+    assert values["mean"] == pytest.approx(1 / 24)
+
+
+def test_plain_loading_scales_crops_and_normalises(tmp_path):
+    Image.new("RGB", (40, 20), (255, 0, 51)).save(tmp_path / "wide.png")
+    image = data.plain_loader(10)(tmp_path / "wide.png")
+    assert image.shape == (3, 10, 10)
+    assert image[:, 0, 0].tolist() == pytest.approx([1, -1, -0.6], abs=1e-6)
+
+
+def test_help_of_the_trainer_imports_no_torch():
+    modules = startup.imported_modules(*startup.HELP)
+    assert "argparse" in modules
+    assert not [name for name in modules if name.split(".")[0] in ("torch", "numpy", "flextok")]
+
+
+def training_that(run_dir, what):
+    """A command that writes metrics like a run's, and would then go on for long."""
+    code = f"import pathlib, time; p = pathlib.Path({str(run_dir)!r}); p.mkdir(); f = open(p / 'metrics.jsonl', 'w', 1)"
+    return [sys.executable, "-c", f"{code}; {what}"]
+
+
+def test_the_first_step_ends_the_measurement_and_the_process(tmp_path):
+    lines = r"""f.write('{"train/constant": 1}\n'); time.sleep(0.3); f.write('{"train/loss": 1}\n'); time.sleep(600)"""
+    seconds = startup.seconds_to_first_step(training_that(tmp_path / "run", lines), tmp_path / "run")
+    assert 0.3 < seconds < 60
+
+
+def test_a_run_without_a_step_is_an_error_with_its_output(tmp_path):
+    command = training_that(tmp_path / "run", "raise SystemExit('no such config')")
+    with pytest.raises(UserError, match="before its first step:\nno such config"):
+        startup.seconds_to_first_step(command, tmp_path / "run")
