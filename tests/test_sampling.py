@@ -8,7 +8,7 @@ import torch
 from helpers import LATENT_SHAPE, N_REGISTERS, make_images, make_noise, tiny_model, tiny_model_that_draws
 from torch import nn
 
-from flextok.flow_matching.pipelines import MinRFPipeline
+from flextok.flow_matching.pipelines import MinRFPipeline, _DecoderPasses
 
 SHAPE = (3, 4, 4)
 STRENGTHS = [0.02, 0.2, 3.0]  # of the condition, per image
@@ -296,3 +296,56 @@ def test_a_progress_bar_is_shown_on_request_only(model, tokens, capsys):
     assert capsys.readouterr().err == ""
     model.detokenize(tokens, timesteps=1, verbose=True)
     assert "sampling" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- work done once per call
+
+
+def test_what_does_not_depend_on_the_step_is_computed_once():
+    model = tiny_model_that_draws().eval()
+    calls = {name: 0 for name in model.decoder.module_dict}
+    for name, module in model.decoder.module_dict.items():
+        module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    tokens = model.tokenize(make_images(2))
+    for guidance_scale, passes in ((1.0, 1), (3.0, 2), (lambda t: 1.0 if t > 0.5 else 3.0, 2)):
+        calls.update(dict.fromkeys(calls, 0))
+        model.detokenize(tokens, timesteps=5, guidance_scale=guidance_scale)
+        once = {name for name, n in calls.items() if n == passes}
+        assert once == {"dec_from_latents", "dec_registers_posemb_module", "dec_nested_dropout", "dec_latent_dropout"}
+        steps = 7 if callable(guidance_scale) else 5 * passes
+        assert {n for name, n in calls.items() if name not in once} == {steps}
+
+
+def test_values_that_a_step_overwrites_are_those_of_the_condition_in_the_next():
+    """The packed registers end under the key that the next step packs them from."""
+    model = tiny_model_that_draws().eval()
+    quants, noise = torch.randn(2, N_REGISTERS, 6), make_noise(2, *LATENT_SHAPE)
+    data_dict = {"enc_registers_quant": quants, "flow_noise": noise}
+    whole = model.pipeline(dict(data_dict), timesteps=3)["vae_latents_reconst"]
+    x = noise
+    for i in (3, 2, 1):
+        step = {"enc_registers_quant": quants, "vae_latents_noised": x, "timesteps": torch.full((2,), i / 3)}
+        with torch.no_grad():
+            x = x - model.decoder(step)["vae_latents_reconst"] / 3
+    torch.testing.assert_close(whole, x)
+
+
+def test_a_module_that_shares_a_key_with_a_changing_one_is_not_run_once():
+    decoder = tiny_model_that_draws().decoder
+    fixed, varying = decoder.split(["dec_registers"])
+    patches = ("dec_noise_channels_to_last", "dec_noise_patch_emb", "dec_patches_posemb_module")
+    assert fixed == (*patches, "dec_time_embedder")
+    assert [name for name in decoder.module_dict if name not in fixed] == list(varying)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_both_passes_as_one_batch_are_the_two_passes(n):
+    """As on GPUs, with a token count for each image."""
+    model = tiny_model_that_draws().eval()
+    data_dict = {"enc_registers_quant": torch.randn(n, N_REGISTERS, 6), "eval_keep_k": [1, 8, 3][:n]}
+    x = make_noise(n, *LATENT_SHAPE)
+    predict = _DecoderPasses(model.pipeline, data_dict)
+    with torch.no_grad():
+        apart = [predict(x, 0.4, (null,)) for null in (False, True)]
+        torch.testing.assert_close(predict(x, 0.4, (False, True)), torch.cat(apart))
+    assert not torch.allclose(*apart)

@@ -10,11 +10,12 @@ import torch
 from ..utils.devices import chosen_device
 from ..utils.dtypes import DTYPES, computes_bf16
 from ..utils.errors import run_command
-from . import data, repa, startup, train
+from . import data, repa, sample, startup, train
 from .timing import at_least_1
 
 BENCHMARKS = {
     "train": (train, "training: step time, share of the machine's matrix-product peak, memory"),
+    "sample": (sample, "sampling with guidance, against the decoder passes that it takes"),
     "data": (data, "image loading: JPEGs to tensors on one core, against Pillow and torchvision"),
     "startup": (startup, "start-up: --help, and the first step of the quick start, in fresh processes"),
     "repa": (repa, "REPA: step time online and from the cache, memory, checkpoint and cache sizes"),

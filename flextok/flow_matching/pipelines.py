@@ -1,6 +1,6 @@
 """Sampling: from noise to latents along the velocity that the decoder predicts."""
 
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from ..model.preprocessors.patching import PatchEmbedder
 from ..model.utils.posembs import PositionalEmbeddingAdder
-from ..utils.batching import dense_batches
+from ..utils.batching import as_batch_tensor, dense_batches, gather
 from ..utils.modules import evaluating
 
 APG_MOMENTUM = -0.5
@@ -127,24 +127,63 @@ class MinRFPipeline:
     def _sample(self, data_dict, timesteps, verbose, guidance_scale, perform_norm_guidance) -> dict:
         x = data_dict[self.noised_images_read_key]
         guide = AdaptiveProjectedGuidance() if perform_norm_guidance else classifier_free_guidance
-        drop_keys = {m.eval_drop_flag_read_key for m in self.model.modules() if hasattr(m, "eval_drop_flag_read_key")}
-        unconditional = {key: torch.ones(len(x), dtype=torch.bool, device=x.device) for key in drop_keys}
+        predict = _DecoderPasses(self, data_dict)
         for i in tqdm(range(timesteps, 0, -1), desc="sampling", disable=not verbose):
             t = i / timesteps
             scale = guidance_scale(t) if callable(guidance_scale) else guidance_scale
-            state = {
-                **data_dict,
-                self.noised_images_read_key: x,
-                self.timesteps_read_key: torch.full((len(x),), t, device=x.device),
-            }
-            velocity = self.model(dict(state))[self.reconst_write_key]
-            if scale != 1.0:
-                if not drop_keys:
-                    raise ValueError("guidance_scale needs a decoder with a null condition, and this one has none")
-                velocity = guide(velocity, self.model({**state, **unconditional})[self.reconst_write_key], scale)
+            if scale == 1.0:
+                velocity = predict(x, t, (False,))
+            elif x.device.type == "cuda":  # one batch of twice the size: faster on GPUs, not on CPUs
+                velocity = guide(*predict(x, t, (False, True)).chunk(2), scale)
+            else:
+                velocity = guide(predict(x, t, (False,)), predict(x, t, (True,)), scale)
             x = x - velocity.to(x.dtype) / timesteps
         data_dict[self.reconst_write_key] = x
         return data_dict
+
+
+class _DecoderPasses:
+    """The decoder on one data_dict, step after step; what does not depend on the step is computed once."""
+
+    def __init__(self, pipeline: MinRFPipeline, data_dict: dict):
+        self.pipeline, self.data_dict = pipeline, data_dict
+        self.fixed: Tuple[str, ...] = ()
+        self.arguments: tuple = ()  # of the decoder: the modules that a step runs, by default all
+        if hasattr(pipeline.model, "split"):
+            keys = (pipeline.noised_images_read_key, pipeline.timesteps_read_key)
+            self.fixed, varying = pipeline.model.split(keys)
+            self.arguments = (varying,)
+        self.prepared: Dict[Tuple[bool, ...], dict] = {}
+
+    def __call__(self, x: torch.Tensor, t: float, nulls: Tuple[bool, ...]) -> torch.Tensor:
+        """The velocity [len(nulls) * B, C, h, w] at x [B, C, h, w], without the condition where `nulls` is True."""
+        pipeline = self.pipeline
+        if nulls not in self.prepared:
+            inputs = self._inputs(x, nulls)
+            self.prepared[nulls] = pipeline.model(inputs, self.fixed) if self.fixed else inputs
+        x = torch.cat([x] * len(nulls))
+        now = {
+            pipeline.noised_images_read_key: x,
+            pipeline.timesteps_read_key: torch.full((len(x),), t, device=x.device),
+        }
+        return pipeline.model({**self.prepared[nulls], **now}, *self.arguments)[pipeline.reconst_write_key]
+
+    def _inputs(self, x: torch.Tensor, nulls: Tuple[bool, ...]) -> dict:
+        """The data_dict with its images once for each of `nulls`."""
+        n, inputs = len(x), dict(self.data_dict)
+        if len(nulls) > 1:
+            inputs = gather(self.data_dict, [], list(range(n)) * len(nulls), n)
+        if any(nulls):
+            modules = self.pipeline.model.modules()
+            keys = {m.eval_drop_flag_read_key for m in modules if hasattr(m, "eval_drop_flag_read_key")}
+            if not keys:
+                raise ValueError("guidance_scale needs a decoder with a null condition, and this one has none")
+            for key in keys:
+                drop = torch.zeros(n, dtype=torch.bool, device=x.device)
+                if self.data_dict.get(key) is not None:
+                    drop = as_batch_tensor(self.data_dict, key, x, torch.bool)
+                inputs[key] = torch.cat([torch.ones_like(drop) if null else drop for null in nulls])
+        return inputs
 
 
 def classifier_free_guidance(v_cond: torch.Tensor, v_uncond: torch.Tensor, scale: float) -> torch.Tensor:

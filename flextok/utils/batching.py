@@ -61,7 +61,7 @@ def _run_by_shape(method: Callable, data_dict: dict, args, kwargs) -> dict:
 
     results, written = [], set()  # what a module wrote is known by its identity
     for indices in groups.values():
-        dense = _gather(data_dict, list_keys, indices, n)
+        dense = gather(data_dict, list_keys, indices, n)
         out = method(dict(dense), *args, **kwargs)
         written |= {key for key in out if key not in dense or out[key] is not dense[key]}
         results.append((indices, out))
@@ -73,8 +73,8 @@ def _run_by_shape(method: Callable, data_dict: dict, args, kwargs) -> dict:
     return data_dict
 
 
-def _gather(data_dict: dict, list_keys: list, indices: list, n: int) -> dict:
-    """The dense data_dict of the images at `indices`."""
+def gather(data_dict: dict, list_keys: list, indices: list, n: int) -> dict:
+    """The dense data_dict of the images at `indices` of n; the values under `list_keys` are lists of [1, ...]."""
     dense = {}
     for key, value in data_dict.items():
         if key in list_keys:

@@ -52,18 +52,14 @@ class BlockWiseSequencePacker(nn.Module):
         self.outer_packed_shapes_write_key = outer_packed_shapes_write_key
         self.emb_packing_fn_write_key, self.per_subseq_embs = emb_packing_fn_write_key, per_subseq_embs
         self.mask_mode, self.max_seq_len = mask_mode, max_seq_len
-        self._masks: dict = {}
 
     def _mask(self, lengths: Sequence[int], device: torch.device) -> Optional[BlockCausalMask]:
         if self.mask_mode == "full":
             return None
         n_prefix = sum(lengths[:-1]) if self.mask_mode == "causal_last" else 0
         n_rest = sum(lengths) - n_prefix
-        key = (n_prefix, n_rest, device)
-        if key not in self._masks:
-            mask = torch.ones(n_rest, n_prefix + n_rest, dtype=torch.bool, device=device).tril(n_prefix)
-            self._masks[key] = BlockCausalMask(n_prefix, mask)
-        return self._masks[key]
+        mask = torch.ones(n_rest, n_prefix + n_rest, dtype=torch.bool, device=device).tril(n_prefix)
+        return BlockCausalMask(n_prefix, mask)
 
     @dense_batches
     def forward(self, data_dict: dict) -> dict:

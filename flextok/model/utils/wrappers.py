@@ -1,6 +1,6 @@
 """A model as an ordered dict of modules that read and write a data_dict."""
 
-from typing import Dict
+from typing import Dict, Iterable, Optional, Sequence, Tuple
 
 import torch.nn as nn
 
@@ -15,7 +15,35 @@ class SequentialModuleDictWrapper(nn.Module):
         self.module_dict = nn.ModuleDict(module_dict)
 
     @dense_batches
-    def forward(self, data_dict: dict) -> dict:
-        for module in self.module_dict.values():
-            data_dict = module(data_dict)
+    def forward(self, data_dict: dict, names: Optional[Sequence[str]] = None) -> dict:
+        """Run all modules, or those called `names`, in the order of the model."""
+        for name, module in self.module_dict.items():
+            if names is None or name in names:
+                data_dict = module(data_dict)
         return data_dict
+
+    def split(self, changing: Iterable[str]) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
+        """Names of the modules that can run once while the values under the keys `changing` vary, and of the others.
+
+        The first have no key in common with the varying values, nor with any module before them that has.
+        """
+        touched, fixed, varying = set(changing), [], []
+        for name, module in self.module_dict.items():
+            keys = _keys(module)
+            if keys and touched.isdisjoint(keys):
+                fixed.append(name)
+            else:
+                varying.append(name)
+                touched |= keys
+        return tuple(fixed), tuple(varying)
+
+
+def _keys(module: nn.Module) -> set:
+    """The data_dict keys that a module reads or writes: its attributes `..._read_key`, `..._write_keys` and so on."""
+    keys = set()
+    for name, value in vars(module).items():
+        if name.endswith(("read_key", "write_key")):
+            keys |= {value} - {None}
+        elif name.endswith(("read_keys", "write_keys")):
+            keys |= set(value)
+    return keys
