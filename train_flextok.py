@@ -40,7 +40,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ from flextok.training.pictures import save_curves, save_grid
 from flextok.training.summary import summary
 from flextok.utils.checkpoint import CheckpointError, load_weights
 from flextok.utils.config import ConfigError
-from flextok.utils.devices import chosen_device
+from flextok.utils.devices import chosen_device, return_freed_memory
 from flextok.utils.dtypes import autocast_dtype, precision
 from flextok.utils.errors import UserError
 from flextok.utils.modules import count_parameters, evaluating
@@ -112,7 +112,11 @@ class FlexTokTrainer:
     ):
         self.config = config if isinstance(config, TrainConfig) else TrainConfig.from_dict(config)
         self.device = torch.device(device)
+        if self.device.type == "cpu" and self.config.gradient_checkpointing:
+            return_freed_memory()
         self.model = model.to(self.device)
+        if self.device.type == "cuda":
+            self.model.vae.to(memory_format=torch.channels_last)  # in which its convolutions are fast
         self.train_loader, self.val_loader = train_loader, val_loader
         self.run_dir = Path(run_dir) if run_dir is not None else default_run_dir(self.config)
         self.metrics_log: Optional[MetricsLog] = None
@@ -329,7 +333,7 @@ class FlexTokTrainer:
         self._prepare_frozen_networks()  # first: what it refuses leaves no run folder behind
         self._open_log()
         progress = tqdm(total=last_step, initial=self.global_step, unit="step", dynamic_ncols=True, smoothing=0.05)
-        self._clock, self._images_since = time.perf_counter(), 0
+        self._restart_clock()
         try:
             if self.feature_cache is None or (self.global_step == 0 and self._cache_is_complete()):
                 self._log_constant_losses()
@@ -356,7 +360,7 @@ class FlexTokTrainer:
             sampler.set_state(epoch, first_step)
             skip = 0
         window = []
-        for i, batch in enumerate(self.train_loader):
+        for i, batch in enumerate(self._timed(self.train_loader)):
             if i < skip:
                 continue
             window.append(batch)
@@ -365,6 +369,14 @@ class FlexTokTrainer:
                 window = []
         if window:
             yield window
+
+    def _timed(self, batches: Iterable) -> Iterator:
+        """The batches, with the time that is spent waiting for them counted."""
+        start = time.perf_counter()
+        for batch in batches:
+            self._seconds_waited += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
 
     def update(self, window: List) -> Tuple[Dict[str, torch.Tensor], torch.Tensor]:
         """One optimizer step on the batches of its global batch: their mean losses and the norm of the gradients."""
@@ -477,20 +489,24 @@ class FlexTokTrainer:
             "train/lr": lr,
             "train/grad_norm": float(grad_norm),
             "train/images_per_second": self._images_since / seconds,
+            "train/data_wait": self._seconds_waited / seconds,
             "train/epoch": epoch,
         })  # fmt: skip
         if self.use_repa:
             metrics["train/repa_weight"] = repa_weight
-        self._clock, self._images_since = time.perf_counter(), 0
+        self._restart_clock()
         self._write_metrics(metrics)
         postfix = {"loss": f"{metrics['train/loss']:.4f}", "flow": f"{metrics['train/flow_loss']:.4f}"}
         if self.repa_active:
             postfix["repa"] = f"{metrics['train/repa_loss']:.4f}"
         progress.set_postfix({**postfix, "lr": f"{lr:.1e}", "img/s": f"{metrics['train/images_per_second']:.1f}"})
 
+    def _restart_clock(self) -> None:
+        self._clock, self._images_since, self._seconds_waited = time.perf_counter(), 0, 0.0
+
     @contextlib.contextmanager
     def _clock_stopped(self):
-        """Keep what happens between steps (validation, pictures, checkpoints) out of images_per_second."""
+        """Keep what happens between steps (validation, pictures, checkpoints) out of the rates."""
         start = time.perf_counter()
         yield
         self._clock += time.perf_counter() - start

@@ -1,5 +1,6 @@
 """The benchmark's own arithmetic; no test depends on how long anything takes."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from tiny_runs import settings
 from torch.utils.flop_counter import FlopCounterMode
 
-from flextok.benchmark import repa, timing, train
+from flextok.benchmark import repa, sample, timing, train
 from flextok.benchmark.__main__ import BENCHMARKS
 from flextok.model.utils.repa_encoders import load_encoder
 
@@ -146,3 +147,13 @@ def test_an_unknown_device_is_one_line():
 def test_a_count_below_one_is_refused_at_once():
     result = benchmark("data", "--files", "0")
     assert result.returncode == 2 and "argument --files: 0 is not at least 1" in result.stderr
+
+
+def test_the_sampling_benchmark_compares_with_decoder_passes(capsys, monkeypatch):
+    model = {**settings()["model"], "vae": "stable_diffusion", "patch_size": 2, "latent_channels": 4}
+    monkeypatch.setattr(sample, "preset_config", lambda preset, **kwargs: _config(model))
+    arguments = argparse.Namespace(preset="d12-d12", steps=2, batch_sizes=[1, 2], rounds=2)
+    result = sample.run(arguments, CPU, torch.float32)
+    assert set(result["ratios"]) == {f"{name} / decoder passes, batch {n}" for name in ("APG", "CFG") for n in (1, 2)}
+    assert all(len(seconds) == 2 for seconds in result["seconds"].values())
+    assert "at most 1.05" in capsys.readouterr().out

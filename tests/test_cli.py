@@ -186,7 +186,7 @@ def test_wandb_gets_the_documented_names_and_one_run_id_across_a_resume(tmp_path
     assert any("visualizations/flexible_length" in m for m in logged)
     names = {key for m in logged for key in m}
     assert {"train/loss", "train/flow_loss", "train/repa_loss", "train/repa_weight", "train/lr", "train/grad_norm",
-            "train/images_per_second", "train/epoch", "val/loss", "val/flow_loss",
+            "train/images_per_second", "train/data_wait", "train/epoch", "val/loss", "val/flow_loss",
             "val/repa_loss"} <= names  # fmt: skip
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings
+from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 import train_flextok
 from flextok import FlexTokFromHub
@@ -140,15 +142,62 @@ def test_training_without_repa_never_imports_it(tmp_path, monkeypatch):
     assert not any("repa" in key for record in metrics for key in record)
 
 
-def test_compute_loss_does_not_wait_for_the_device(trainer, monkeypatch):
-    batch = first_batch(trainer)
-
-    def synchronises(*args, **kwargs):
-        raise AssertionError("compute_loss reads a value back from the device")
-
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_a_step_does_not_wait_for_the_device_unless_it_logs(use_ema, tmp_path, monkeypatch):
+    """From the batch to the new weights, no value is read back; `log_every` steps read them."""
+    trainer = make_trainer(tmp_path, use_ema=use_ema, log_every=2, gradient_accumulation_steps=2)
+    trainer._restart_clock()
+    window = [first_batch(trainer), first_batch(trainer)]
+    reads, before = [], trainer.model.encoder.state_dict()["module_dict.enc_to_latents.proj.weight"].clone()
     for name in ("item", "tolist", "__float__", "__int__", "__bool__", "numpy", "cpu"):
-        monkeypatch.setattr(torch.Tensor, name, synchronises)
-    trainer.compute_loss(batch)["loss"].backward()
+        original = getattr(torch.Tensor, name)
+
+        def read(tensor, *args, name=name, original=original):
+            reads.append(name)
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+    monkeypatch.setattr(torch, "is_nonzero", lambda *_: reads.append("is_nonzero"))
+    trainer._train_step(window, 0, tqdm(disable=True))
+    assert reads == []
+    trainer._train_step(window, 0, tqdm(disable=True))
+    assert "__float__" in reads
+    assert not torch.equal(trainer.model.encoder.state_dict()["module_dict.enc_to_latents.proj.weight"], before)
+
+
+def test_data_wait_is_the_time_that_the_loop_waits_for_batches(trainer, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train_flextok.time, "perf_counter", lambda: now[0])
+
+    def loader():
+        for _ in range(2):
+            now[0] += 3.0
+            yield "batch"
+
+    trainer._restart_clock()
+    for _ in trainer._timed(loader()):
+        now[0] += 10.0
+    assert trainer._seconds_waited == 6.0
+
+
+def test_a_compiled_trainer_compiles_nothing_after_its_second_step(tmp_path, monkeypatch):
+    """One graph each for encoder and decoder (and one more when dynamo first sees the step change), none broken."""
+    graphs = CompileCounter()
+    compile_with = lambda module: setattr(
+        module, "_compiled_call_impl", torch.compile(module._call_impl, backend=graphs)
+    )
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_with)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    trainer = make_trainer(tmp_path, compile=True)
+    trainer._restart_clock()
+    compiled = []
+    for _ in range(5):
+        trainer._train_step([first_batch(trainer)], 0, tqdm(disable=True))
+        compiled.append(graphs.frame_count)
+    assert compiled[0] == 2
+    assert compiled[1] == compiled[-1]
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_compute_loss_is_a_function_of_seed_step_and_position_alone(trainer):
@@ -781,7 +830,7 @@ def test_metrics_have_the_documented_names(tmp_path):
     train = next(r for r in records if "train/loss" in r)
     assert set(train) == {"step"} | {
         f"train/{name}" for name in ("loss", "flow_loss", "repa_loss", "repa_weight", "lr", "grad_norm",
-                                     "images_per_second", "epoch", "step")
+                                     "images_per_second", "data_wait", "epoch", "step")
     }  # fmt: skip
     assert {"val/loss", "val/flow_loss", "val/repa_loss"} <= {key for r in records for key in r}
 

@@ -23,6 +23,8 @@ SETTINGS = dict(
     log_every=1, visualize_every=0, inference_steps=2, num_vis_images=2, vis_token_counts=[1, 8], use_wandb=False,
 )  # fmt: skip
 
+TIMING = ("train/images_per_second", "train/data_wait")  # metrics that differ from run to run
+
 
 def settings(**changes) -> dict:
     return {**SETTINGS, **changes}
@@ -55,7 +57,7 @@ def run_main(folder: Path, *, max_steps=None, resume=None, run_dir=None, check=F
 def read_metrics(run_dir: Path, timing: bool = False) -> list:
     """The records of metrics.jsonl, without what depends on the clock."""
     records = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if timing or k != "train/images_per_second"} for record in records]
+    return [{k: v for k, v in record.items() if timing or k not in TIMING} for record in records]
 
 
 def read_latest(run_dir: Path) -> dict:

@@ -44,9 +44,10 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     print(f"\n{arguments.preset}, 256 px, latents only, guidance scale 7.5")
     report_seconds(times, "seconds")
     for n in arguments.batch_sizes:
-        base = times[f"{2 * steps} decoder passes, batch {n}"]
+        passes_times = times[f"{2 * steps} decoder passes, batch {n}"]
         for name, limit in (("APG", 1.05), ("CFG", None)):
-            rows.append((f"{name} / decoder passes, batch {n}", ratio(times[f"{steps} steps with {name}, batch {n}"], base), limit))  # fmt: skip
+            share = ratio(times[f"{steps} steps with {name}, batch {n}"], passes_times)
+            rows.append((f"{name} / decoder passes, batch {n}", share, limit))
     images = {n: spread([n / t for t in times[f"{steps} steps with APG, batch {n}"]]) for n in arguments.batch_sizes}
     for n, rates in images.items():
         print("  images/s with APG, batch {:<20} {:9.4f}  ({:.4f} to {:.4f})".format(n, *rates))

@@ -1,5 +1,7 @@
 """The device that a command runs on."""
 
+import ctypes
+import platform
 import re
 from typing import Optional
 
@@ -28,3 +30,14 @@ def chosen_device(name: Optional[str]) -> torch.device:
         torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     return device
+
+
+def return_freed_memory() -> None:
+    """Let malloc give blocks of 4 MiB and more back to the system as soon as they are freed (glibc only).
+
+    Its heap, in which it else puts blocks of up to 32 MiB, gets holes that gradient checkpointing's sequence of small
+    and large tensors cannot use: at 256 px and batch 8 they are a third of the process. It costs time, about 5 %.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold = -3  # M_MMAP_THRESHOLD of mallopt(3)
+        ctypes.CDLL(None).mallopt(mmap_threshold, 4 << 20)
