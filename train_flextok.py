@@ -37,6 +37,7 @@ import datetime
 import itertools
 import logging
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -51,14 +52,17 @@ from flextok.data.loader import BrokenFiles, GlobalBatchSampler, TooManyBrokenFi
 from flextok.flextok_wrapper import FlexTokFromHub
 from flextok.training.checkpoints import (
     BEST,
+    EPOCH,
     LATEST,
     find_checkpoint,
     link_checkpoint,
-    read_checkpoint,
+    prune_checkpoints,
+    readable_checkpoint,
     save_checkpoint,
 )
 from flextok.training.config import TrainConfig, load_config, write_config
 from flextok.training.ema import EMA
+from flextok.training.guard import LateFlags, Stopped, StopRequest
 from flextok.training.logs import MetricsLog
 from flextok.training.models import (
     build_repa_module,
@@ -68,6 +72,7 @@ from flextok.training.models import (
     known_model_config,
     load_model,
 )
+from flextok.training.parallel import exchanging, full, replicate, shard, sharded_like, whole
 from flextok.training.pictures import save_curves, save_grid
 from flextok.training.summary import summary
 from flextok.utils.checkpoint import CheckpointError, load_weights
@@ -76,6 +81,16 @@ from flextok.utils.devices import chosen_device, return_freed_memory
 from flextok.utils.dtypes import autocast_dtype, precision
 from flextok.utils.errors import UserError
 from flextok.utils.modules import count_parameters, evaluating
+from flextok.utils.processes import (
+    from_first,
+    gathered,
+    joined,
+    largest,
+    load_one_process_first,
+    rank,
+    summed,
+    world_size,
+)
 from flextok.utils.random import RANDOM_KEY, BatchRandom
 
 if TYPE_CHECKING:
@@ -128,11 +143,18 @@ class FlexTokTrainer:
             transformer = self.model.decoder.module_dict["dec_transformer"]
             self.repa_layers = transformer.intermediate_layers = check_repa_model(self.model, self.config.repa_layers)
             self.repa_module = build_repa_module(self.config, self.model, self.device)
+        self.projectors = self.repa_module.projectors if self.use_repa else []
         self.feature_cache: "Optional[CachedValues]" = None  # opened when training starts
         self.latent_cache: "Optional[CachedValues]" = None
         self.autocast_dtype = autocast_dtype(self.device) if self.config.use_amp else None
+        if self.config.parallel == "fsdp":
+            shard([self.model.encoder, self.model.decoder, *self.projectors], self.device, self.autocast_dtype)
         self.optimizer = self._build_optimizer()  # after the REPA module: its projector is trained too
-        self.steps_per_epoch = -(-len(train_loader) // self.config.gradient_accumulation_steps)
+        if world_size() > 1 and not isinstance(train_loader.batch_sampler, GlobalBatchSampler):
+            raise ConfigError("with several processes the loaders are those of flextok.data.loader.build_loaders")
+        self.accumulation = self.config.accumulation(world_size())
+        self.global_batch_size = self.config.batch_size * self.accumulation * world_size()
+        self.steps_per_epoch = -(-len(train_loader) // self.accumulation)
         self.total_steps = self.config.num_epochs * self.steps_per_epoch
         self.scheduler = self._build_scheduler()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
@@ -140,10 +162,14 @@ class FlexTokTrainer:
         if self.config.compile:
             self.model.encoder.compile()
             self.model.decoder.compile()
+        self.losses = self._parallel_losses()
 
         self.global_step = 0  # optimizer steps done
         self.best_val_loss = math.inf
         self.constant_losses: Optional[Dict[str, float]] = None
+        self.late_flags, self.stop_request = LateFlags(2, self.device), StopRequest()
+        self.nonfinite_steps, self.nonfinite_in_a_row = 0, 0
+        self._restart_clock()
         self.wandb_id: Optional[str] = None
         self.data_identity = self._data_identity()
         self.broken_files = BrokenFiles(max(1, len(train_loader.dataset)))
@@ -166,6 +192,12 @@ class FlexTokTrainer:
             raise ConfigError("train_vae is true, but this model's VAE has no parameters")
         for parameter_name, parameter in model.vae.named_parameters():
             parameter.requires_grad_(config.train_vae and parameter_name != "logvar")  # which plays no part in any loss
+
+    def _parallel_losses(self) -> torch.nn.Module:
+        """`compute_loss` as a module whose backward pass exchanges the gradients of several processes."""
+        modules = [self.model, *([] if self.repa_ended else self.projectors)]
+        compute = lambda *arguments: self.compute_loss(*arguments)  # noqa: E731 (also one that was put in its place)
+        return replicate([] if self.config.parallel == "fsdp" else modules, compute)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         parts = {"encoder": self.model.encoder, "decoder": self.model.decoder, "vae": self.model.vae}
@@ -332,30 +364,33 @@ class FlexTokTrainer:
         last_step = min(self.total_steps, max_steps if max_steps is not None else self.total_steps)
         self._prepare_frozen_networks()  # first: what it refuses leaves no run folder behind
         self._open_log()
-        progress = tqdm(total=last_step, initial=self.global_step, unit="step", dynamic_ncols=True, smoothing=0.05)
+        progress = tqdm(total=last_step, initial=self.global_step, unit="step", dynamic_ncols=True, smoothing=0.05,
+                        disable=rank() > 0)  # fmt: skip
         self._restart_clock()
         try:
             if self.feature_cache is None or (self.global_step == 0 and self._cache_is_complete()):
                 self._log_constant_losses()
-            while self.global_step < last_step:
-                epoch = self.global_step // self.steps_per_epoch
-                for window in self._windows(epoch, self.global_step % self.steps_per_epoch):
-                    self._train_step(window, epoch, progress)
-                    if self.global_step >= last_step:
-                        break
+            with self.stop_request.listening():
+                while self.global_step < last_step:
+                    epoch = self.global_step // self.steps_per_epoch
+                    for window in self._windows(epoch, self.global_step % self.steps_per_epoch):
+                        self._train_step(window, epoch, progress)
+                        if self.global_step >= last_step:
+                            break
             self._finish()
         finally:
             progress.close()
             try:
                 self._flush_caches()
             finally:
-                self.metrics_log.close()
+                if self.metrics_log is not None:
+                    self.metrics_log.close()
                 self.metrics_log = None
 
     def _windows(self, epoch: int, first_step: int) -> Iterator[List]:
         """The batches of each optimizer step of an epoch, from its step `first_step` on; the last may have fewer."""
         sampler = self.train_loader.batch_sampler
-        skip = first_step * self.config.gradient_accumulation_steps
+        skip = first_step * self.accumulation
         if isinstance(sampler, GlobalBatchSampler):
             sampler.set_state(epoch, first_step)
             skip = 0
@@ -364,7 +399,7 @@ class FlexTokTrainer:
             if i < skip:
                 continue
             window.append(batch)
-            if len(window) == self.config.gradient_accumulation_steps:
+            if len(window) == self.accumulation:
                 yield window
                 window = []
         if window:
@@ -373,43 +408,75 @@ class FlexTokTrainer:
     def _timed(self, batches: Iterable) -> Iterator:
         """The batches, with the time that is spent waiting for them counted."""
         start = time.perf_counter()
-        for batch in batches:
+        batches = iter(batches)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError:  # the loading processes got the signal too
+                if self.stop_request.signum is None or world_size() > 1:
+                    raise
+                self._stop(saved=False)
             self._seconds_waited += time.perf_counter() - start
             yield batch
             start = time.perf_counter()
 
-    def update(self, window: List) -> Tuple[Dict[str, torch.Tensor], torch.Tensor]:
-        """One optimizer step on the batches of its global batch: their mean losses and the norm of the gradients."""
+    def update(self, window: List) -> Tuple[Dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """One optimizer step on this process's batches of a global batch.
+
+        Returns:
+            Their part in the mean losses of the global batch, the norm of its gradients, and flags [2] on the device,
+            the largest of all processes: 1 if the step was skipped, and 1 if a process was asked to stop. A step whose
+            loss or gradient is not finite leaves weights, moments and averages as they were.
+        """
         self.model.train()
         sizes = [batch_size(batch) for batch in window]
+        total = sum(sizes)
+        if world_size() > 1:
+            total = self.train_loader.batch_sampler.window_size(self.global_step % self.steps_per_epoch)
         means: Dict[str, torch.Tensor] = {}
         for i, (batch, size) in enumerate(zip(window, sizes)):
-            random = self._batch_random(batch, size, sum(sizes[:i]), sum(sizes))
-            losses = self.compute_loss(batch, random)
-            share = size / sum(sizes)  # every image of the step weighs the same, also in a last, smaller batch
-            self.scaler.scale(losses["loss"] * share).backward()
+            random = self._batch_random(batch, size, sum(sizes[:i]), total)
+            share = size / total  # every image of the step weighs the same, also in a last, smaller batch
+            with exchanging(self.losses, self._sharded_parts(), i == len(window) - 1):
+                losses = self.losses(batch, random)
+                # The exchange takes the mean over processes, but theirs are parts of a sum.
+                self.scaler.scale(losses["loss"] * (share * world_size())).backward()
             for name, value in losses.items():
                 means[name] = means.get(name, 0.0) + value.detach() * share
         self.scaler.unscale_(self.optimizer)
         max_norm = self.config.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained_parameters, max_norm)
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(self.trained_parameters, max_norm))
+        finite = means["loss"].isfinite()
+        if (
+            not self.scaler.is_enabled()
+        ):  # with fp16 the scaler skips steps whose gradients overflow, as a matter of course
+            finite = finite & grad_norm.isfinite()
+        stop = torch.full((), float(self.stop_request.signum is not None), device=self.device)
+        flags = largest(torch.stack([1 - finite.float(), stop]))
+        self.optimizer.found_inf = flags[0]  # the fused kernels leave everything as it is where this is 1
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(self.global_step)
-        return means, grad_norm
+            self.ema.update(self.global_step, skip=flags[0])
+        return means, grad_norm, flags
+
+    def _sharded_parts(self) -> List[torch.nn.Module]:
+        return [self.model.encoder, self.model.decoder, *self.projectors] if self.config.parallel == "fsdp" else []
 
     def _train_step(self, window: List, epoch: int, progress: tqdm) -> None:
         config = self.config
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         lr = rates.get("decoder", next(iter(rates.values())))
-        means, grad_norm = self.update(window)
+        means, grad_norm, flags = self.update(window)
         repa_weight = self.repa_weight_in_force if self.repa_active else 0.0
         self.global_step += 1
         step = self.global_step
-        self._images_since += sum(map(batch_size, window))
+        self._images_since += sum(map(batch_size, window)) * world_size()
+        stops = self._note_flags(self.late_flags.exchange(flags, (step, window)))
 
         progress.update(1)
         if step % config.log_every == 0:
@@ -422,14 +489,57 @@ class FlexTokTrainer:
         keeps = end_of_epoch and config.save_every and (epoch + 1) % config.save_every == 0
         with self._clock_stopped():
             if validates or saves:
-                self._check_finite(means["loss"])
+                stops = self._note_flags(self.late_flags.pop()) or stops
                 self._flush_caches()
-                self._validate_and_save(validates, f"epoch_{epoch + 1:04d}.pt" if keeps else None)
+                self._validate_and_save(validates, EPOCH.format(f"{epoch + 1:04d}") if keeps else None)
             if config.visualize_every and step % config.visualize_every == 0:
                 self.visualize()
             self._note_broken(
                 [path for b in window if isinstance(b, dict) for path in b.get("broken", ())], self.broken_files
             )
+            if stops or (world_size() == 1 and self.stop_request.signum is not None):
+                self._stop(saved=validates or saves)
+
+    def _note_flags(self, late: Optional[Tuple[List[float], Tuple[int, List]]]) -> bool:
+        """Count a step that was skipped, and name its images; returns whether a process was asked to stop.
+
+        Raises:
+            UserError: More than `max_nonfinite_steps` in a row.
+        """
+        if late is None:
+            return False
+        (skipped, stop), (step, window) = late
+        if not skipped:
+            self.nonfinite_in_a_row = 0
+            return bool(stop)
+        self.nonfinite_steps += 1
+        self.nonfinite_in_a_row += 1
+        log.warning("step %d changed nothing: its loss or gradient is not finite; images: %s", step,
+                    ", ".join(name for batch in window for name in self._image_names(batch)) or "unknown")  # fmt: skip
+        if self.nonfinite_in_a_row > self.config.max_nonfinite_steps:
+            raise UserError(
+                f"{self.nonfinite_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not "
+                f"finite (max_nonfinite_steps: {self.config.max_nonfinite_steps}): the checkpoints in "
+                f"{self.run_dir / 'checkpoints'} are from before; go on from one of them with a smaller learning rate"
+            )
+        return bool(stop)
+
+    def _image_names(self, batch) -> List[str]:
+        """File names (or numbers, for images that are no files) of a batch's images."""
+        if not (isinstance(batch, dict) and "index" in batch):
+            return []
+        dataset = self.train_loader.dataset
+        paths = getattr(getattr(dataset, "dataset", dataset), "paths", None)
+        return [str(paths[i]) if paths is not None else f"number {i}" for i in batch["index"].tolist()]
+
+    def _stop(self, saved: bool) -> None:
+        """Write a checkpoint, unless this step has, and leave."""
+        signum = next(signum for signum in gathered(self.stop_request.signum) if signum is not None)
+        if not saved:
+            self._flush_caches()
+            self.save_checkpoint()
+        raise Stopped(signum, f"stopped by {signal.Signals(signum).name} after step {self.global_step}: the checkpoint "
+                      f"is written, --resume latest goes on from it")  # fmt: skip
 
     def _end_repa(self) -> None:
         """End the alignment for good: free the encoder, take the projector out of the optimizer's work."""
@@ -441,6 +551,7 @@ class FlexTokTrainer:
             optimizer.state.pop(parameter, None)
         for values in (self.scheduler.base_lrs, self.scheduler.lr_lambdas):
             values.pop(i)
+        self.losses = self._parallel_losses()
         self._free_encoder()
         log.info("step %d: REPA ends (repa_stop), its encoder is freed", self.global_step)
 
@@ -458,22 +569,18 @@ class FlexTokTrainer:
         if self.feature_cache is not None and self.global_step % self.steps_per_epoch == 0:
             self._use_complete_cache()
         self.save_checkpoint()
-        for name in [BEST] * best + [keep_as] * (keep_as is not None):
-            link_checkpoint(self.run_dir / "checkpoints" / LATEST, self.run_dir / "checkpoints" / name)
-
-    def _check_finite(self, loss: torch.Tensor) -> None:
-        if not math.isfinite(float(loss)):
-            raise UserError(
-                f"the loss is {float(loss)} at step {self.global_step}: the checkpoints in "
-                f"{self.run_dir / 'checkpoints'} are "
-                "from before; continue from one of them with a smaller learning rate"
-            )
+        if rank() == 0:
+            folder = self.run_dir / "checkpoints"
+            for name in [BEST] * best + [keep_as] * (keep_as is not None):
+                link_checkpoint(folder / LATEST, folder / name)
+            prune_checkpoints(folder, self.config.keep_last)
 
     def _note_broken(self, paths: List[str], broken_files: BrokenFiles) -> None:
         try:
             broken_files.add(paths)
         except TooManyBrokenFiles:
-            self.save_checkpoint()
+            if world_size() == 1:  # the others know nothing of it, and a checkpoint takes all
+                self.save_checkpoint()
             raise
 
     def _log_step(
@@ -482,8 +589,7 @@ class FlexTokTrainer:
         """The one place of a step that waits for the device."""
         if not self.repa_active:
             means = {name: value for name, value in means.items() if name != "repa_loss"}
-        metrics = {f"train/{name}": float(value) for name, value in means.items()}
-        self._check_finite(means["loss"])
+        metrics = {f"train/{name}": float(summed(value)) for name, value in means.items()}
         seconds = time.perf_counter() - self._clock
         metrics.update({
             "train/lr": lr,
@@ -491,6 +597,7 @@ class FlexTokTrainer:
             "train/images_per_second": self._images_since / seconds,
             "train/data_wait": self._seconds_waited / seconds,
             "train/epoch": epoch,
+            "train/skipped_steps": self.nonfinite_steps,
         })  # fmt: skip
         if self.use_repa:
             metrics["train/repa_weight"] = repa_weight
@@ -520,8 +627,9 @@ class FlexTokTrainer:
             self.export()
         else:
             log.warning("no export: the model was not built from a config by FlexTokFromHub")
-        self.metrics_log.file.flush()
-        save_curves(self.metrics_log.path, self.run_dir / "curves.png")
+        if self.metrics_log is not None:
+            self.metrics_log.file.flush()
+            save_curves(self.metrics_log.path, self.run_dir / "curves.png")
 
     # -------------------------------------------------------------------------------------- frozen networks, caches
 
@@ -600,27 +708,35 @@ class FlexTokTrainer:
         sums: Dict[str, torch.Tensor] = {}
         n, broken = 0, []
         total = self._n_val_images()
+        sampler = self.val_loader.batch_sampler
         with self._averaged_weights(), evaluating(self.model), self._uncompiled():
-            for batch in self._val_batches():
+            for i, batch in enumerate(self._val_batches()):
                 size = batch_size(batch)
-                positions = torch.arange(n, n + size, device=self.device)
-                random = BatchRandom(VALIDATION_SEED, -1, positions, total)
+                positions = torch.arange(n, n + size)
+                if world_size() > 1:  # of the i-th global batch this process has a part
+                    positions = i * sampler.global_batch_size + batch["position"]
+                random = BatchRandom(VALIDATION_SEED, -1, positions.to(self.device), total)
                 for name, value in self.compute_loss(batch, random).items():
                     sums[name] = sums.get(name, 0.0) + value * size
                 n += size
                 broken += batch.get("broken", ()) if isinstance(batch, dict) else ()
         self._note_broken(broken, self.broken_val_files)
         metrics = {
-            f"val/{name}": float(value) / n for name, value in sums.items() if name != "repa_loss" or self.repa_active
+            f"val/{name}": float(summed(value)) / total
+            for name, value in sums.items()
+            if name != "repa_loss" or self.repa_active
         }
         self._write_metrics(metrics)
         return metrics
 
     def _n_val_images(self) -> int:
-        n, config = len(self.val_loader.dataset), self.config
+        """Images that all processes together validate on: none twice, and the same number in each."""
+        config, sampler, n = self.config, self.val_loader.batch_sampler, len(self.val_loader.dataset)
+        if world_size() > 1:
+            n = sampler.n_used
         if config.max_val_batches is None:
             return n
-        return min(n, config.max_val_batches * (config.val_batch_size or config.batch_size))
+        return min(n, config.max_val_batches * (config.val_batch_size or config.batch_size) * world_size())
 
     def _val_batches(self) -> Iterator:
         return itertools.islice(self.val_loader, self.config.max_val_batches)
@@ -700,7 +816,8 @@ class FlexTokTrainer:
                 columns.append(data_dict[vae.images_reconst_write_key])
         titles = ["VAE", *(f"{k} token{'s' if k > 1 else ''}" for k in counts), "original"]
         path = self.run_dir / "pictures" / f"flexible_length_{self.global_step:07d}.png"
-        save_grid([*columns, images], titles, path)
+        if rank() == 0:
+            save_grid([*columns, images], titles, path)
         if self.metrics_log is not None:
             self.metrics_log.picture("visualizations/flexible_length", path, self.global_step)
         return path
@@ -708,30 +825,35 @@ class FlexTokTrainer:
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def save_checkpoint(self) -> Path:
-        """Write checkpoints/latest.pt, atomically."""
+        """Write checkpoints/latest.pt, atomically, in the format of one process; the one before is previous.pt."""
+        self._note_flags(self.late_flags.pop())
         path = self.run_dir / "checkpoints" / LATEST
-        save_checkpoint(
-            {
-                "epoch": self.global_step // self.steps_per_epoch,
-                "step_in_epoch": self.global_step % self.steps_per_epoch,
-                "global_step": self.global_step,
-                "model_state_dict": self.model.state_dict(),
-                "model_config": getattr(self.model, "config", None),
-                "optimizer_state_dict": self.optimizer.state_dict(),
-                "scheduler_state_dict": self.scheduler.state_dict(),
-                "scaler_state_dict": self.scaler.state_dict(),
-                "ema_model_state_dict": self.ema.state_dict(self.model) if self.ema is not None else None,
-                "repa_module_state_dict": self.repa_module.state_dict() if self.use_repa else None,
-                "repa_layers": self.repa_layers if self.use_repa else None,
-                "best_val_loss": self.best_val_loss,
-                "constant_losses": self.constant_losses,
-                "config": self.config.to_dict(),
-                "data": self.data_identity,
-                "random_state": torch.get_rng_state(),
-                "wandb_id": self.wandb_id,
-            },
-            path,
-        )
+        checkpoint = {
+            "epoch": self.global_step // self.steps_per_epoch,
+            "step_in_epoch": self.global_step % self.steps_per_epoch,
+            "global_step": self.global_step,
+            "global_batch_size": self.global_batch_size,
+            "model_state_dict": self.model.state_dict(),
+            "model_config": getattr(self.model, "config", None),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "scheduler_state_dict": self.scheduler.state_dict(),
+            "scaler_state_dict": self.scaler.state_dict(),
+            "ema_model_state_dict": self.ema.state_dict(self.model) if self.ema is not None else None,
+            "repa_module_state_dict": self.repa_module.state_dict() if self.use_repa else None,
+            "repa_layers": self.repa_layers if self.use_repa else None,
+            "best_val_loss": self.best_val_loss,
+            "constant_losses": self.constant_losses,
+            "nonfinite_steps": self.nonfinite_steps,
+            "config": self.config.to_dict(),
+            "data": self.data_identity,
+            "random_state": torch.get_rng_state(),
+            "wandb_id": self.wandb_id,
+        }
+        checkpoint = whole(checkpoint)  # by all processes, as each has a part of what FSDP divides
+        if rank() == 0:
+            if self.metrics_log is not None:
+                self.metrics_log.sync()
+            save_checkpoint(checkpoint, path)
         return path
 
     def load_checkpoint(self, path: Union[str, Path]) -> None:
@@ -743,7 +865,7 @@ class FlexTokTrainer:
         Raises:
             FileNotFoundError, CheckpointError: Not there, unreadable, or of another model, optimizer, seed or dataset.
         """
-        checkpoint = read_checkpoint(Path(path))
+        path, checkpoint = readable_checkpoint(Path(path))
         missing = {
             "data",
             "config",
@@ -760,11 +882,18 @@ class FlexTokTrainer:
                 "the run's export"
             )
         now, then = self.config.to_dict(), checkpoint["config"]
-        for key in ("seed", "optimizer", "batch_size", "gradient_accumulation_steps"):
+        for key in ("seed", "optimizer"):
             if now[key] != then.get(key):
                 raise CheckpointError(
                     f"{path} was trained with {key} {then.get(key)}, now it is {now[key]}: set it back to continue"
                 )
+        images = checkpoint.get("global_batch_size") or then["batch_size"] * then["gradient_accumulation_steps"]
+        if images != self.global_batch_size:
+            raise CheckpointError(
+                f"{path} was trained with {images} images per optimizer step, now it is {self.global_batch_size} "
+                f"(batch_size {self.config.batch_size} x gradient_accumulation_steps {self.accumulation} x "
+                f"{world_size()} processes): set global_batch_size: {images} to continue"
+            )
         for key in now:
             if now[key] != then.get(key):
                 log.info("resume: %s was %s and is now %s", key, then.get(key), now[key])
@@ -774,7 +903,9 @@ class FlexTokTrainer:
                 f"{path} was trained {was} REPA: set use_repa accordingly, or start a new run from its export"
             )
         self.global_step = checkpoint["global_step"]
-        load_weights(self.model, checkpoint["model_state_dict"], str(path))
+        weights, sharded = checkpoint["model_state_dict"], self.model.state_dict()
+        weights = {key: sharded_like(value, sharded.get(key)) for key, value in weights.items()}
+        load_weights(self.model, weights, str(path))
         if self.use_repa and PROJECTOR_GROUP not in [
             g.get("name") for g in checkpoint["optimizer_state_dict"]["param_groups"]
         ]:
@@ -786,7 +917,11 @@ class FlexTokTrainer:
             self._end_repa()
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
-            self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+            optimizer_state = checkpoint["optimizer_state_dict"]
+            for i, parameter in enumerate(self.trained_parameters):
+                values = optimizer_state["state"].get(i, {})
+                values.update({key: sharded_like(value, parameter) for key, value in values.items()})
+            self.optimizer.load_state_dict(optimizer_state)
         except ValueError as error:
             raise CheckpointError(f"{path} was trained with other parameters: {error}") from error
         base_lrs = self.scheduler.base_lrs
@@ -803,6 +938,7 @@ class FlexTokTrainer:
             self._load_projector(checkpoint, str(path))
         self.best_val_loss = checkpoint["best_val_loss"]
         self.constant_losses = checkpoint["constant_losses"]
+        self.nonfinite_steps = checkpoint.get("nonfinite_steps", 0)
         self.wandb_id = checkpoint.get("wandb_id")
         torch.set_rng_state(checkpoint["random_state"])
 
@@ -815,7 +951,9 @@ class FlexTokTrainer:
                 "and repa_encoder_type back to continue, or start a new run from its export"
             )
         try:
-            self.repa_module.load_state_dict(checkpoint["repa_module_state_dict"])
+            sharded = self.repa_module.state_dict()
+            state = checkpoint["repa_module_state_dict"].items()
+            self.repa_module.load_state_dict({key: sharded_like(value, sharded.get(key)) for key, value in state})
         except RuntimeError as error:
             raise CheckpointError(
                 f"{source} holds another REPA projector: set repa_projector, repa_projector_hidden, repa_layers and "
@@ -831,13 +969,17 @@ class FlexTokTrainer:
         """Write config.json and model.safetensors (averaged weights if there are any) for from_pretrained."""
         folder = folder or self.run_dir / EXPORT
         with self._averaged_weights():
-            self.model.save_pretrained(folder)
+            state_dict = whole(self.model.state_dict())
+            if rank() == 0:
+                self.model.save_pretrained(folder, state_dict=state_dict)
         return folder
 
     # ------------------------------------------------------------------------------------------------------ logging
 
     def _open_log(self) -> None:
         config = self.config
+        if rank() > 0:
+            return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_config(self.run_dir, config)
         settings = None
@@ -912,7 +1054,12 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.max_steps is not None and arguments.max_steps < 1:
         raise ConfigError(f"--max-steps is {arguments.max_steps}, expected at least 1")
     device = chosen_device(arguments.device)
+    with joined(device):
+        run(arguments, config, device)
 
+
+def run_folder(arguments: argparse.Namespace, config: TrainConfig) -> Tuple[Path, Optional[Path]]:
+    """The folder of this run, and the checkpoint that it continues from, if there is one."""
     run_dir = Path(arguments.run_dir) if arguments.run_dir is not None else None
     resume = arguments.resume or config.resume
     checkpoint = None
@@ -929,7 +1076,13 @@ def main(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"--run-dir {run_dir} holds a run already: continue it with --resume latest, or name another folder"
         )
+    return run_dir, checkpoint
 
+
+def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device) -> None:
+    if rank() > 0:
+        log.setLevel(logging.ERROR)  # the first process speaks for all
+    run_dir, checkpoint = from_first(lambda: run_folder(arguments, config))
     if config.use_repa:
         check_repa_settings(config, device)
     train_dataset, val_dataset = build_datasets(config)
@@ -943,16 +1096,19 @@ def main(arguments: argparse.Namespace) -> None:
         check_image_size(skeleton, config.img_size)
         if config.use_repa:
             check_repa_model(skeleton, config.repa_layers)
-    print(summary(config, skeleton, train_dataset, val_dataset, device, run_dir, checkpoint), flush=True)
+    if rank() == 0:
+        print(summary(config, skeleton, train_dataset, val_dataset, device, run_dir, checkpoint), flush=True)
     if arguments.check:
         return
 
     train_loader, val_loader = build_loaders(config, train_dataset, val_dataset, device)
-    trainer = FlexTokTrainer(config, load_model(config), train_loader, val_loader, device, run_dir)
+    model = load_one_process_first(lambda: load_model(config))
+    trainer = FlexTokTrainer(config, model, train_loader, val_loader, device, run_dir)
     if checkpoint is not None:
         trainer.load_checkpoint(checkpoint)
     trainer.train(arguments.max_steps)
-    print(f"""
+    if rank() == 0:
+        print(f"""
 Done: {trainer.global_step} steps.
   pictures   {run_dir / "pictures"}
   curves     {run_dir / "curves.png"}
@@ -967,3 +1123,9 @@ if __name__ == "__main__":
         main(ARGUMENTS)
     except (UserError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        print("stopped before the first step: nothing was written", file=sys.stderr)
+        sys.exit(130)

@@ -195,7 +195,17 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
             raise ConfigError(f"{model_id} has neither a config.json nor a config in the header of {WEIGHTS_NAME}")
         return build_model(config, tensors, str(model_id)).to(map_location)
 
+    def save_pretrained(self, save_directory, *, state_dict: Optional[Dict[str, torch.Tensor]] = None, **arguments):
+        """Write config.json and model.safetensors; `state_dict` instead of this model's own weights, if given."""
+        self._state_to_save = state_dict
+        try:
+            return super().save_pretrained(save_directory, **arguments)
+        finally:
+            self._state_to_save = None
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_safetensors(self.state_dict(), Path(save_directory) / WEIGHTS_NAME, self.config)
+        state_dict = getattr(self, "_state_to_save", None)
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        save_safetensors(state_dict, Path(save_directory) / WEIGHTS_NAME, self.config)
         text = json.dumps(self.config, indent=2)
         write_atomically(Path(save_directory) / CONFIG_NAME, lambda path: path.write_text(text))

@@ -10,7 +10,7 @@ import torch
 from tiny_runs import settings
 from torch.utils.flop_counter import FlopCounterMode
 
-from flextok.benchmark import repa, sample, timing, train
+from flextok.benchmark import repa, sample, scale, timing, train
 from flextok.benchmark.__main__ import BENCHMARKS
 from flextok.model.utils.repa_encoders import load_encoder
 
@@ -111,12 +111,13 @@ def test_every_arm_of_the_step_benchmark_runs_and_does_what_its_name_says(tmp_pa
         assert all(same) == ("alone" in name), name
 
 
-def _config(model):
+def _config(model, **changes):
     from flextok.training.config import TrainConfig
     from flextok.training.models import new_model_config
 
     arguments = {key: value for key, value in model.items() if key != "vae_factor"}
-    config = settings(model={**arguments, "vae_hub_path": None}, img_size=64, train_vae=True)
+    changes.pop("vae_hub_path", None)
+    config = settings(model={**arguments, **changes, "vae_hub_path": None}, img_size=64, train_vae=True)
     return new_model_config(TrainConfig.from_dict(config))
 
 
@@ -157,3 +158,20 @@ def test_the_sampling_benchmark_compares_with_decoder_passes(capsys, monkeypatch
     assert set(result["ratios"]) == {f"{name} / decoder passes, batch {n}" for name in ("APG", "CFG") for n in (1, 2)}
     assert all(len(seconds) == 2 for seconds in result["seconds"].values())
     assert "at most 1.05" in capsys.readouterr().out
+
+
+def test_scale_counts_what_a_real_step_takes(tiny, capsys, monkeypatch):
+    """On tensors without data: the operations that torch counts, activations that grow with the batch alone."""
+    model = {**settings()["model"], "vae": "stable_diffusion", "patch_size": 2, "latent_channels": 4}
+    monkeypatch.setattr(scale, "IMG_SIZE", 64)
+    monkeypatch.setattr(scale, "preset_config", lambda preset, **kwargs: _config(model, **kwargs))
+    counts = scale.count("d12-d12", checkpointing=False)
+    trainer = train.build_trainer("d12-d12", CPU)
+    assert counts["trained"] == sum(parameter.numel() for parameter in trainer.trained_parameters)
+    assert counts["flops"] == 3 * train.forward_flops(trainer)
+    assert 0 < scale.count("d12-d12", checkpointing=True)["kept"] < counts["kept"]
+    assert scale.memory(counts, 4) - scale.memory(counts, 2) == 2 * counts["kept"]
+    assert scale.memory(counts, 4, parts=64) < scale.memory(counts, 4)
+    scale.run(argparse.Namespace(gpus=[8], tflops=300, link=50, global_batch_size=64, image_kb=110,
+                                 gradient_checkpointing=True), CPU, torch.float32)  # fmt: skip
+    assert "7.18 TB" in capsys.readouterr().out

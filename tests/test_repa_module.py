@@ -607,7 +607,8 @@ def test_loading_is_quiet_about_xformers(cached_hub, recwarn):
 PROCESS = """
 import os, sys, time
 import torch.distributed as dist
-from flextok.model.utils.repa_encoders import EncoderUnavailable, load_one_process_first
+from flextok.utils.errors import UserError
+from flextok.utils.processes import load_one_process_first
 
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -634,9 +635,9 @@ for failing_rank in (0, 1):
         raise AssertionError("no error")
     except OSError as error:
         assert rank == failing_rank and str(error) == "disk full"
-    except EncoderUnavailable as error:
+    except UserError as error:
         assert rank != failing_rank
-        assert str(error) == f"process {failing_rank} could not load the encoder: OSError: disk full"
+        assert str(error) == f"process {failing_rank} could not load what this run needs: OSError: disk full"
 dist.barrier()
 dist.destroy_process_group()
 """

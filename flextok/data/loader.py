@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 from typing import Any, Iterable, Iterator, Optional, Union
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.config import ConfigError
 from ..utils.errors import UserError
+from ..utils.processes import rank, world_size
 from ..utils.random import generator
 from .caching import CachedDataset
 from .images import ImageFolderDataset, collate, list_images, split_paths
@@ -87,6 +89,11 @@ class GlobalBatchSampler(Sampler):
         is_last = step_in_epoch == self.steps_per_epoch - 1
         return self._last_window if is_last and self._last_window else self.global_batch_size
 
+    @property
+    def n_used(self) -> int:
+        """Images of an epoch that some rank gets."""
+        return (self.steps_per_epoch - 1) * self.global_batch_size + self.window_size(self.steps_per_epoch - 1)
+
     def micro_batches(self, step_in_epoch: int) -> int:
         """Micro-batches in a step, the same number on every rank."""
         return self._parts(self.window_size(step_in_epoch)) // self.world_size
@@ -119,6 +126,12 @@ class GlobalBatchSampler(Sampler):
                 yield [(order[start + position], step, position) for position in positions]
 
 
+def _outlive_stop_signals(worker_id: int) -> None:
+    """Signals that go to a whole group of processes are for the training process to act on: it has 2 s to note them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(2))
+
+
 def build_loader(
     dataset: Dataset, sampler: GlobalBatchSampler, num_workers: int, device: Union[str, torch.device]
 ) -> DataLoader:
@@ -135,6 +148,7 @@ def build_loader(
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=num_workers > 0,
         prefetch_factor=2 if num_workers > 0 else None,
+        worker_init_fn=_outlive_stop_signals,
         generator=torch.Generator(),  # else every epoch would draw the workers' seed from the global random state
     )
 
@@ -145,15 +159,18 @@ def build_loaders(
     """The loaders of a configuration: training batches by address, validation batches in order (None if no dataset).
 
     Args:
-        config: Has batch_size, gradient_accumulation_steps, val_batch_size (None: batch_size), num_workers and seed.
+        config: Has batch_size, accumulation(), val_batch_size (None: batch_size), num_workers and seed.
     """
+    processes = dict(rank=rank(), world_size=world_size())
     sampler = GlobalBatchSampler(
-        len(train_dataset), config.batch_size, config.gradient_accumulation_steps, seed=config.seed
+        len(train_dataset), config.batch_size, config.accumulation(world_size()), seed=config.seed, **processes
     )
     train_loader = build_loader(train_dataset, sampler, config.num_workers, device)
     if val_dataset is None:
         return train_loader, None
-    sampler = GlobalBatchSampler(len(val_dataset), config.val_batch_size or config.batch_size, shuffle=False)
+    sampler = GlobalBatchSampler(
+        len(val_dataset), config.val_batch_size or config.batch_size, shuffle=False, **processes
+    )
     return train_loader, build_loader(val_dataset, sampler, config.num_workers, device)
 
 

@@ -1,26 +1,79 @@
 """Checkpoint files: written whole or not at all, and read without executing anything."""
 
+import contextlib
 import glob
 import json
+import logging
 import os
 import pickle
+import shutil
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import yaml
 
 from ..utils.checkpoint import CheckpointError
+from ..utils.errors import UserError
 from ..utils.files import write_atomically
 
 LATEST, BEST = "latest.pt", "best.pt"
+PREVIOUS = "previous.pt"  # what was the latest before
+EPOCH = "epoch_{}.pt"  # those that are kept
 CONFIG_FILE = "config.yaml"  # the settings in force, in the run folder
+
+log = logging.getLogger("flextok")
+
+
+class UnreadableCheckpoint(CheckpointError):
+    """A file that is damaged or no checkpoint."""
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Write a checkpoint dict (tensors and plain values only) atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    """Write a checkpoint dict (tensors and plain values only) atomically; the one before is kept as `previous.pt`.
+
+    Raises:
+        UserError: It cannot be written (full disk, read-only folder); the files that are there stay as they are.
+    """
+
+    def keep_previous() -> None:
+        if path.exists():
+            link_checkpoint(path, path.with_name(PREVIOUS))
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: torch.save(checkpoint, temporary), keep_previous)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+        free = next((shutil.disk_usage(folder).free for folder in path.parents if folder.exists()), 0)
+        raise UserError(
+            f"cannot write {path}: {error}. The disk has {free / 1e9:.1f} GB free. Checkpoints that are there are as "
+            "they were: make room, then go on with --resume latest"
+        ) from error
+
+
+def prune_checkpoints(folder: Path, keep_last: Optional[int]) -> None:
+    """Remove all but the last `keep_last` checkpoints of epochs (None: keep all); latest, previous and best stay."""
+    if keep_last is not None:
+        for path in sorted(folder.glob(EPOCH.format("*")))[: -keep_last or None]:
+            path.unlink()
+
+
+def readable_checkpoint(path: Path) -> Tuple[Path, dict]:
+    """A checkpoint and what it holds: `path`, or if that is a `latest.pt` that is damaged, the newest that is not.
+
+    Raises:
+        CheckpointError: Neither can be read.
+    """
+    try:
+        return path, read_checkpoint(path)
+    except UnreadableCheckpoint as error:
+        others = [other for other in path.parent.glob("*.pt") if other != path] if path.name == LATEST else []
+        for other in sorted(others, key=lambda other: other.stat().st_mtime, reverse=True):
+            with contextlib.suppress(CheckpointError):
+                checkpoint = read_checkpoint(other)
+                log.warning("%s. Going on from %s instead, step %s", error, other, checkpoint.get("global_step"))
+                return other, checkpoint
+        raise
 
 
 def link_checkpoint(source: Path, target: Path) -> None:
@@ -48,9 +101,11 @@ def read_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is not a readable checkpoint: {error}") from error
+        raise UnreadableCheckpoint(
+            f"{path} ({path.stat().st_size} bytes) is not a readable checkpoint: {error}"
+        ) from error
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} is not a checkpoint of train_flextok.py: it has no model_state_dict")
+        raise UnreadableCheckpoint(f"{path} is not a checkpoint of train_flextok.py: it has no model_state_dict")
     return checkpoint
 
 

@@ -82,11 +82,28 @@ class TrainConfig:
     num_epochs: int = setting(
         10, "Passes over the training images; the learning-rate schedule ends with them.", minimum=1
     )
-    batch_size: int = setting(8, "Images per forward pass.", minimum=1)
+    batch_size: int = setting(8, "Images per forward pass of one process.", minimum=1)
     gradient_accumulation_steps: int = setting(1, "Forward passes per optimizer step.", minimum=1)
+    global_batch_size: Optional[int] = setting(
+        None,
+        "Images per optimizer step over all processes; sets gradient_accumulation_steps, and lets a run go on with "
+        "another number of processes. null: batch_size x gradient_accumulation_steps x processes.",
+        minimum=1,
+    )
+    parallel: str = setting(
+        "ddp",
+        "With torchrun: `ddp`, the whole model in every process, or `fsdp`, divided among them (FSDP2), for models "
+        "that do not fit.",
+        choices=("ddp", "fsdp"),
+    )
     use_amp: bool = setting(True, "Autocast to bf16 where the device has it (fp16 with loss scaling on older GPUs).")
     max_grad_norm: float = setting(
         1.0, "Gradients are clipped to this norm over all trained parameters; 0: never.", minimum=0
+    )
+    max_nonfinite_steps: int = setting(
+        10,
+        "A step whose loss or gradient is not finite changes nothing; more than so many in a row end the run.",
+        minimum=0,
     )
     val_batch_size: Optional[int] = setting(None, "Images per validation pass; null: batch_size.", minimum=1)
     max_val_batches: Optional[int] = setting(
@@ -227,6 +244,9 @@ class TrainConfig:
     checkpoint_dir: str = setting("runs", "Folder under which each run gets its own, by name and date.")
     resume: Optional[str] = setting(None, "Checkpoint, run folder or `latest` to continue from.")
     save_every: int = setting(10, "Epochs between checkpoints that are kept; 0: only latest and best.", minimum=0)
+    keep_last: Optional[int] = setting(
+        None, "How many of the checkpoints of save_every are kept, the last ones; null: all.", minimum=1
+    )
     save_every_steps: int = setting(
         1000, "Steps between writings of the latest checkpoint; 0: only at the end of epochs.", minimum=0
     )
@@ -269,6 +289,8 @@ class TrainConfig:
                         f"the learning rate of {name} is {rate} and min_lr is {self.min_lr}: the {self.scheduler} "
                         "schedule needs min_lr below every learning rate (or scheduler: none)"
                     )
+        if self.parallel == "fsdp" and self.train_vae:
+            raise ConfigError("parallel is fsdp, but train_vae is true: a VAE is trained with ddp alone")
         if self.model is not None:
             _check_model_arguments(self.model)
         self._check_repa_schedule()
@@ -317,6 +339,25 @@ class TrainConfig:
         if self.use_repa:
             rates["repa_projector"] = self.repa_lr
         return rates
+
+    def accumulation(self, world_size: int) -> int:
+        """Forward passes of each of `world_size` processes per optimizer step.
+
+        Raises:
+            ConfigError: `global_batch_size` is no multiple of what one pass takes, or contradicts another setting.
+        """
+        one_pass = self.batch_size * world_size
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        steps, rest = divmod(self.global_batch_size, one_pass)
+        if rest or self.gradient_accumulation_steps not in (1, steps):
+            raise ConfigError(
+                f"global_batch_size is {self.global_batch_size}, but batch_size is {self.batch_size}, there "
+                f"{'is 1 process' if world_size == 1 else f'are {world_size} processes'} and "
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}: expected a multiple of "
+                f"{one_pass}, and gradient_accumulation_steps 1, which is then computed"
+            )
+        return steps
 
     @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> "TrainConfig":

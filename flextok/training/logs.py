@@ -88,6 +88,11 @@ class MetricsLog:
 
             self.run.log({key: wandb.Image(str(path)), "train/step": step})
 
+    def sync(self) -> None:
+        """Make what was written durable: a checkpoint that follows is then never ahead of the metrics."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
     def close(self) -> None:
         self.file.close()
         if self.run is not None:

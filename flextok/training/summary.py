@@ -9,6 +9,7 @@ import torch
 from ..model.trunks.transformers import FlexTransformer
 from ..utils.dtypes import autocast_dtype
 from ..utils.modules import count_parameters
+from ..utils.processes import world_size
 from .config import TrainConfig
 from .models import repa_target_size
 
@@ -51,15 +52,14 @@ def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torc
     lines.append(
         ("data", f"{source}: {len(train_dataset)} training and {n_val} validation images, {config.img_size} px")
     )
-    global_batch = config.batch_size * config.gradient_accumulation_steps
+    global_batch = config.batch_size * config.accumulation(world_size()) * world_size()
     steps = -(-len(train_dataset) // global_batch)
     lines.append(
         ("steps", f"{config.num_epochs} epochs x {steps} = {config.num_epochs * steps}, {global_batch} images each")
     )
     dtype = autocast_dtype(device) if config.use_amp else None
-    lines.append(
-        ("device", f"{device}, {'fp32' if dtype is None else str(dtype).removeprefix('torch.') + ' autocast'}")
-    )
+    where = device if world_size() == 1 else f"{world_size()} processes ({config.parallel}), this one on {device}"
+    lines.append(("device", f"{where}, {'fp32' if dtype is None else str(dtype).removeprefix('torch.') + ' autocast'}"))
     lines.append(("run folder", str(run_dir)))
     if resume is not None:
         lines.append(("resume", str(resume)))

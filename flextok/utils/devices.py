@@ -1,6 +1,7 @@
 """The device that a command runs on."""
 
 import ctypes
+import os
 import platform
 import re
 from typing import Optional
@@ -13,12 +14,16 @@ from .config import ConfigError
 def chosen_device(name: Optional[str]) -> torch.device:
     """The device called `cpu`, `cuda` or `cuda:N`, by default cuda if there is one; made the current one.
 
+    Of torchrun's processes on a node each takes a CUDA device of its own.
+
     On CUDA, what stays in fp32 is computed in TF32.
 
     Raises:
         ConfigError: Another name, or a CUDA device that is not there.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"--device is {name!r}, expected cpu, cuda or cuda:N")
     device = torch.device(name)

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call write(temporary path), flush what it wrote to disk, then rename it to `path`.
+def write_atomically(path: Path, write, before_rename=lambda: None) -> None:
+    """Call write(temporary path), flush what it wrote to disk, call before_rename(), then rename it to `path`.
 
     A crash, a kill or a full disk at any moment leaves the previous file as it was.
     """
@@ -14,6 +14,7 @@ def write_atomically(path: Path, write) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        before_rename()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,20 +12,19 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
-from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, TypeVar
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 from zipfile import BadZipFile
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from ...utils.dtypes import computes_bf16
 from ...utils.errors import UserError
+from ...utils.processes import load_one_process_first
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +34,6 @@ TIMM = "timm:"  # what the name of a timm model begins with (repa_timm.py)
 
 DINOV2_REPOSITORY = "facebookresearch/dinov2"
 DINOV2_WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
-
-# What a first process may take to download the largest encoder (4.5 GB) while the others wait for it.
-LOAD_TIMEOUT = timedelta(hours=2)
-
-T = TypeVar("T")
 
 
 class EncoderUnavailable(UserError, RuntimeError):
@@ -253,40 +247,6 @@ def encoder_dtype(name: Optional[str], device: torch.device) -> torch.dtype:
     if name == "fp16" and device.type == "cpu":
         raise ValueError("repa_encoder_dtype is fp16, which a CPU does not compute in: set fp32, bf16 or auto")
     return dtypes[name]
-
-
-def load_one_process_first(load: Callable[[], T]) -> T:
-    """Call `load` in local rank 0 of each node and then in the other processes, which find its downloads in the cache.
-
-    Every process has to call this. A failure in one is raised in all, so that none is left waiting for it. Without
-    torch.distributed it is `load()`.
-
-    Raises:
-        EncoderUnavailable: If `load` failed in another process; in the process itself, what `load` raised.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return load()
-    is_first = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
-    # A group of its own: a download may outlast the timeout of the training backend, and needs no accelerator.
-    group = dist.new_group(backend="gloo", timeout=LOAD_TIMEOUT)
-    result, error = None, None
-    for is_turn_of_first in (True, False):
-        if is_first == is_turn_of_first:
-            try:
-                result = load()
-            except Exception as exception:
-                error = exception
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}", group=group)
-        if any(failures):
-            break
-    dist.destroy_process_group(group)
-    if error is not None:
-        raise error
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            raise EncoderUnavailable(f"process {rank} could not load the encoder: {failure}")
-    return result
 
 
 def device_only(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

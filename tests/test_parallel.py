@@ -1,0 +1,222 @@
+"""Several processes against one: the same losses, gradients, draws and checkpoints; and what happens when one dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from parallel_runs import RUNS, STEPS, train_briefly
+from tiny_runs import make_trainer, read_latest, read_metrics, settings
+
+from flextok.training.config import TrainConfig
+from flextok.utils.checkpoint import CheckpointError
+from flextok.utils.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+EQUAL = [name for name in RUNS if not name.startswith("no exchange")]
+
+
+def torchrun(*arguments, n: int = 2, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, **options,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen, timeout: float = 240) -> str:
+    try:
+        return process.communicate(timeout=timeout)[0]
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All RUNS with two processes, and their counterparts with one."""
+    folder = tmp_path_factory.mktemp("parallel")
+    one = {
+        use_repa: train_briefly(folder / f"one-{use_repa}", use_repa=use_repa, batch_size=4)
+        for use_repa in (False, True)
+    }
+    one["ema"] = train_briefly(folder / "one", use_repa=True, use_ema=True, batch_size=4)
+    one["resumed"] = train_briefly(folder / "one-resumed", STEPS + 4, Path(one["ema"]["checkpoint"]), use_repa=True,
+                                   use_ema=True, batch_size=4)  # fmt: skip
+    process = torchrun(ROOT / "tests" / "parallel_runs.py", folder)
+    output = finished(process)
+    assert process.returncode == 0, output[-5000:]
+    return one, torch.load(folder / "results.pt", weights_only=False)
+
+
+def counterpart(one: dict, name: str) -> dict:
+    if "resumed" in name:
+        return one["resumed"]
+    return one["ema"] if "checkpointing" in name else one[RUNS[name]["use_repa"]]
+
+
+def relative_error(given: dict, expected: dict) -> float:
+    assert given.keys() == expected.keys()
+    difference = sum(float((given[name] - expected[name]).double().square().sum()) for name in expected)
+    return (difference / sum(float(value.double().square().sum()) for value in expected.values())) ** 0.5
+
+
+def loss_error(given: list, expected: list) -> float:
+    assert len(given) == len(expected) >= 4
+    return max(abs(a - b) / abs(b) for a, b in zip(given, expected))
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_processes_with_half_the_batch_are_one(runs, name):
+    one, two = runs
+    expected = counterpart(one, name)
+    assert relative_error(two[name]["gradients"], expected["gradients"]) < 1e-5
+    assert loss_error(two[name]["losses"], expected["losses"]) < 1e-5
+    assert two[name]["validation"] == pytest.approx(expected["validation"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["no exchange", "no exchange, REPA"])
+def test_without_the_exchange_of_gradients_they_are_not(runs, name):
+    one, two = runs
+    assert relative_error(two[name]["gradients"], counterpart(one, name)["gradients"]) > 1e-2
+    assert loss_error(two[name]["losses"], counterpart(one, name)["losses"]) > 1e-4
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_draws_do_not_depend_on_how_images_are_spread(runs, name):
+    one, two = runs
+    assert two[name]["draws"] == counterpart(one, name)["draws"]
+    assert len(two[name]["draws"]) > 2 * STEPS
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_checkpoints_have_the_format_of_one_process(runs, name):
+    one, two = runs
+    given, expected = (
+        torch.load(run[key], weights_only=True)
+        for run, key in ((two[name], "checkpoint"), (counterpart(one, name), "checkpoint"))
+    )
+    differences = []
+
+    def compare(a, b, path=""):
+        if isinstance(b, torch.Tensor):
+            assert type(a) is torch.Tensor and a.shape == b.shape and a.dtype == b.dtype, path
+            if b.is_floating_point() and b.numel():
+                differences.append((a - b).abs().max() / b.abs().max().clamp(min=1e-8))
+        elif isinstance(b, dict):
+            assert a.keys() == b.keys(), path
+            for key in b:
+                compare(a[key], b[key], f"{path}.{key}")
+        elif isinstance(b, list):
+            assert len(a) == len(b), path
+            for i, (x, y) in enumerate(zip(a, b)):
+                compare(x, y, f"{path}[{i}]")
+
+    compare({**given, "config": None}, {**expected, "config": None})
+    assert len(differences) > 100 and max(differences) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["ddp, checkpointing, resumed", "fsdp, checkpointing, resumed"])
+def test_a_checkpoint_of_one_process_goes_on_in_two(runs, name):
+    one, two = runs
+    assert loss_error(two[name]["losses"], one["resumed"]["losses"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ddp, checkpointing", "fsdp, checkpointing"])
+def test_a_checkpoint_of_two_processes_goes_on_in_one(runs, name, tmp_path):
+    one, two = runs
+    run = train_briefly(tmp_path, STEPS + 4, Path(two[name]["checkpoint"]), use_repa=True, use_ema=True, batch_size=4)
+    assert loss_error(run["losses"], one["resumed"]["losses"]) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------- whole runs, torchrun
+
+
+def write_config(folder: Path, **changes) -> Path:
+    file = folder / "tiny.yaml"
+    changes = dict(num_epochs=4, batch_size=2, global_batch_size=4, save_every_steps=2) | changes
+    file.write_text(yaml.safe_dump(settings(checkpoint_dir=str(folder / "runs"), **changes)))
+    return file
+
+
+def launch(file: Path, *options) -> subprocess.Popen:
+    return torchrun("train_flextok.py", "--config", file, "--device", "cpu", "--run-dir", file.parent / "run", *options)
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        file = run_dir / "metrics.jsonl"
+        if file.exists() and f'"step": {step},' in file.read_text():
+            return
+        time.sleep(0.02)
+    pytest.fail(process.communicate()[0][-5000:])
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_torchrun_trains_and_one_process_goes_on(tmp_path, parallel):
+    file = write_config(tmp_path, parallel=parallel)
+    process = launch(file, "--max-steps", "3")
+    output = finished(process)
+    assert process.returncode == 0, output[-5000:]
+    assert output.count("run folder") == 1 and output.count("Done: 3 steps") == 1  # process 0 speaks for all
+    assert f"2 processes ({parallel})" in output
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists() and read_latest(tmp_path / "run")
+
+    options = ["--config", file, "--device", "cpu", "--run-dir", tmp_path / "run", "--resume", "latest"]
+    single = ["--max-steps", "6", "--set", "batch_size=4", "--set", "parallel=ddp"]
+    subprocess.run([sys.executable, "train_flextok.py", *map(str, options + single)], cwd=ROOT, check=True)
+    steps = [record["step"] for record in read_metrics(tmp_path / "run") if "train/loss" in record]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_process_that_dies_ends_the_job(tmp_path):
+    process = launch(write_config(tmp_path, num_epochs=1000))
+    wait_for_step(tmp_path / "run", 3, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output = finished(process, timeout=120)
+    assert process.returncode not in (0, None)
+    assert "exitcode" in output and "-9" in output  # torchrun's table says who died of what
+    assert read_latest(tmp_path / "run")["global_step"] >= 2
+
+
+def test_a_signal_stops_all_processes_with_one_checkpoint(tmp_path):
+    process = launch(write_config(tmp_path, num_epochs=1000, save_every_steps=0, photos_train_crops=400))
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    output = finished(process, timeout=120)
+    checkpoint = read_latest(tmp_path / "run")
+    assert f"stopped by SIGTERM after step {checkpoint['global_step']}" in output, output[-5000:]
+    assert checkpoint["global_step"] >= 3
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_global_batch_size_sets_the_accumulation():
+    config = TrainConfig.from_dict(settings(batch_size=2, global_batch_size=12))
+    assert [config.accumulation(n) for n in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(ConfigError, match="global_batch_size is 12, .* there are 4 processes .* multiple of 8"):
+        config.accumulation(4)
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps is 5"):
+        TrainConfig.from_dict(settings(batch_size=2, global_batch_size=12, gradient_accumulation_steps=5)).accumulation(
+            1
+        )
+
+
+def test_another_global_batch_is_refused_at_a_resume_and_the_same_taken(tmp_path):
+    path = make_trainer(tmp_path, batch_size=4).save_checkpoint()
+    make_trainer(tmp_path, batch_size=2, gradient_accumulation_steps=2).load_checkpoint(path)
+    make_trainer(tmp_path, batch_size=1, global_batch_size=4).load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="set global_batch_size: 4 to continue|trained on other data"):
+        make_trainer(tmp_path, batch_size=2).load_checkpoint(path)
+    with pytest.raises(ConfigError, match="train_vae is true"):
+        make_trainer(parallel="fsdp", train_vae=True)

@@ -1,0 +1,376 @@
+"""What a run survives: kills at any moment, signals, a full disk, damaged checkpoints, steps that are not finite."""
+
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings
+
+import train_flextok
+from flextok.training import checkpoints
+from flextok.training.guard import LateFlags
+from flextok.utils.checkpoint import CheckpointError
+from flextok.utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+N_KILLS = 20
+LAST_STEP = 24
+CHANGES = dict(use_repa=False, photos_train_crops=22, num_epochs=4, save_every_steps=1, use_ema=True)
+
+# Processes that have imported everything, from which the runs are forked: a start takes no seconds of imports.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["test_recovery"])
+
+
+def train(folder: Path, run_dir: Path, **changes) -> None:
+    """A run, or what is left of it."""
+    torch.set_num_threads(1)
+    os.close(2)  # no progress bars
+    os.open(os.devnull, os.O_WRONLY)
+    run_main(folder, run_dir=run_dir, resume="latest", max_steps=LAST_STEP, **{**CHANGES, **changes})
+
+
+def start(target, *arguments, **changes):
+    process = context.Process(target=target, args=arguments, kwargs=changes)
+    process.start()
+    return process
+
+
+def outcome(run_dir: Path) -> dict:
+    checkpoint = read_latest(run_dir)
+    for name in ("config", "random_state"):  # paths; and what no run draws from, which differs by process
+        checkpoint.pop(name)
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    begun = time.monotonic()
+    process = start(train, folder, folder / "run")
+    process.join()
+    assert process.exitcode == 0
+    return outcome(folder / "run"), read_metrics(folder / "run"), time.monotonic() - begun
+
+
+def assert_as_uninterrupted(run_dir: Path, uninterrupted) -> None:
+    """Weights, moments, averages and metrics, bit for bit; each step's losses once."""
+    expected, metrics, _ = uninterrupted
+    assert same(outcome(run_dir), expected)
+    assert read_metrics(run_dir) == metrics
+    assert [record["step"] for record in metrics if "train/loss" in record] == list(range(1, LAST_STEP + 1))
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(tmp_path, uninterrupted):
+    draw, kills, run = random.Random(0), 0, 0
+    while kills < N_KILLS:
+        run_dir = tmp_path / f"run-{run}"
+        process = start(train, tmp_path, run_dir)
+        process.join(draw.uniform(0.1, 1.0) * uninterrupted[2])
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+            if (run_dir / "checkpoints" / "latest.pt").exists():
+                read_latest(run_dir)
+        else:
+            assert process.exitcode == 0
+            assert_as_uninterrupted(run_dir, uninterrupted)
+            shutil.rmtree(run_dir)
+            run += 1
+    process = start(train, tmp_path, run_dir)
+    process.join()
+    assert_as_uninterrupted(run_dir, uninterrupted)
+    assert list((run_dir / "checkpoints").glob(".*")) == []  # no temporary file is left
+
+
+def train_and_die(folder: Path, run_dir: Path, moment: str) -> None:
+    """Kill the run within its fifth writing of a checkpoint: half-way, before or after the renaming."""
+    count = [0]
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save(checkpoint, path):
+        count[0] += 1
+        if count[0] == 5 and moment == "half-way":
+            original(checkpoint, path)
+            with open(path, "rb+") as file:
+                file.truncate(path.stat().st_size // 2)
+            die()
+        original(checkpoint, path)
+
+    original, replace, link = torch.save, os.replace, checkpoints.link_checkpoint
+
+    def rename(source, target):
+        if count[0] == 5 and moment == "before the renaming" and Path(target).name == "latest.pt":
+            die()
+        replace(source, target)
+        if count[0] == 5 and moment == "after the renaming" and Path(target).name == "latest.pt":
+            die()
+
+    def link_and_die(source, target):
+        link(source, target)
+        if count[0] == 5 and moment == "after previous.pt":
+            die()
+
+    torch.save, os.replace, checkpoints.link_checkpoint = save, rename, link_and_die
+    train(folder, run_dir)
+
+
+@pytest.mark.parametrize("moment", ["after previous.pt", "half-way", "before the renaming", "after the renaming"])
+def test_a_kill_while_a_checkpoint_is_written(tmp_path, uninterrupted, moment):
+    process = start(train_and_die, tmp_path, tmp_path / "run", moment)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert read_latest(tmp_path / "run")["global_step"] == (5 if moment == "after the renaming" else 4)
+    process = start(train, tmp_path, tmp_path / "run")
+    process.join()
+    assert_as_uninterrupted(tmp_path / "run", uninterrupted)
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+def launch(folder: Path, *options, **changes) -> subprocess.Popen:
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings(checkpoint_dir=str(folder / "runs"), **{**CHANGES, **changes})))
+    command = [sys.executable, "train_flextok.py", "--config", file, "--device", "cpu", "--run-dir", folder / "run"]
+    return subprocess.Popen(
+        [*map(str, command), "--resume", "latest", *options], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("signum, num_workers", [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, uninterrupted, signum, num_workers):
+    run_dir = tmp_path / "run"
+    process = launch(tmp_path, save_every_steps=0, num_workers=num_workers, num_epochs=400)
+    while not ((run_dir / "metrics.jsonl").exists() and '"step": 2,' in (run_dir / "metrics.jsonl").read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signum)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signum
+    step = read_latest(run_dir)["global_step"]
+    assert step >= 2 and f"stopped by {signum.name} after step {step}" in errors
+    assert "Traceback" not in errors
+    steps = [record["step"] for record in read_metrics(run_dir) if "train/loss" in record]
+    assert steps == list(range(1, step + 1))
+    process = launch(tmp_path, "--max-steps", str(step + 2), num_epochs=400)
+    assert process.communicate()[0] is None and process.returncode == 0
+    steps = [record["step"] for record in read_metrics(run_dir) if "train/loss" in record]
+    assert steps == list(range(1, step + 3))
+
+
+# --------------------------------------------------------------------------------- full disks, damaged checkpoints
+
+
+def train_on_a_full_disk(folder: Path, run_dir: Path, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # no file can grow beyond it
+    try:
+        train(folder, run_dir)
+    except UserError as error:
+        (folder / "message").write_text(str(error))
+        sys.exit(3)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(tmp_path, uninterrupted):
+    run_dir = tmp_path / "run"
+    process = start(train_in_part, tmp_path, run_dir, 6)
+    process.join()
+    files = run_dir / "checkpoints"
+    before = {path.name: path.read_bytes() for path in files.iterdir()}
+    process = start(train_on_a_full_disk, tmp_path, run_dir, len(before["latest.pt"]) // 2)
+    process.join()
+    assert process.exitcode == 3
+    message = (tmp_path / "message").read_text()
+    assert "cannot write" in message and "GB free" in message and "--resume latest" in message
+    after = {path.name: path.read_bytes() for path in files.iterdir()}
+    assert after["latest.pt"] == before["latest.pt"] and not any(name.startswith(".") for name in after)
+    process = start(train, tmp_path, run_dir)
+    process.join()
+    assert_as_uninterrupted(run_dir, uninterrupted)
+
+
+def train_in_part(folder: Path, run_dir: Path, n_kept: int) -> None:
+    """A run that is killed after some checkpoints."""
+    original, count = checkpoints.save_checkpoint, [0]
+
+    def save(*arguments):
+        original(*arguments)
+        count[0] += 1
+        if count[0] == n_kept:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train_flextok.save_checkpoint = save
+    train(folder, run_dir)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros"])
+def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(tmp_path, uninterrupted, damage):
+    run_dir = tmp_path / "run"
+    process = start(train_in_part, tmp_path, run_dir, 6)
+    process.join()
+    latest = run_dir / "checkpoints" / "latest.pt"
+    content = latest.read_bytes()
+    latest.unlink()  # previous.pt is another file, but best.pt may be this one
+    latest.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "zeros": bytes(len(content))}[damage])
+    process = start(train, tmp_path, run_dir)
+    process.join()
+    assert process.exitcode == 0
+    assert_as_uninterrupted(run_dir, uninterrupted)
+
+
+def test_the_checkpoint_before_is_used_with_a_warning_and_others_never(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, use_repa=False)
+    path = trainer.save_checkpoint()
+    trainer.global_step = 7
+    trainer.save_checkpoint()
+    path.write_bytes(b"no checkpoint")
+    found, checkpoint = checkpoints.readable_checkpoint(path)
+    assert found.name == "previous.pt" and checkpoint["global_step"] == 0
+    assert "not a readable checkpoint" in caplog.text and "Going on from" in caplog.text
+    named = path.rename(path.with_name("epoch_0001.pt"))
+    with pytest.raises(CheckpointError, match="epoch_0001.pt .* is not a readable checkpoint"):
+        checkpoints.readable_checkpoint(named)  # a file that was asked for by name is not replaced by another
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    trainer = make_trainer(tmp_path / "run", use_repa=False)
+    with pytest.raises(UserError, match="cannot write .*latest.pt: .* GB free"):
+        trainer.save_checkpoint()
+
+
+def test_checkpoints_of_epochs_are_pruned(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "run", use_repa=False, num_epochs=5, save_every=1, keep_last=2)
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"latest.pt", "previous.pt", "best.pt", "epoch_0004.pt", "epoch_0005.pt"}
+
+
+def test_data_that_vanish_end_the_run_with_a_checkpoint(tmp_path):
+    from PIL import Image
+
+    for i in range(24):
+        Image.new("RGB", (40, 40), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    trainer = make_trainer(
+        tmp_path / "run", dataset_name="folder", data_path=str(tmp_path), use_repa=False, val_fraction=0, num_epochs=9
+    )
+    trainer.train(max_steps=2)
+    for file in tmp_path.glob("*.png"):
+        file.unlink()
+    with pytest.raises(UserError, match="none of the 24 images .* data_path is still there"):
+        trainer.train(max_steps=20)
+    assert read_latest(tmp_path / "run")["global_step"] >= 2
+
+
+# -------------------------------------------------------------------------------------------------- steps not finite
+
+
+def poisoned(monkeypatch, steps) -> None:
+    """Losses that are NaN at some steps."""
+    original = train_flextok.FlexTokTrainer.compute_loss
+
+    def compute_loss(self, *arguments):
+        losses = original(self, *arguments)
+        if self.model.training and self.global_step in steps:
+            losses["loss"] = losses["loss"] * math.nan
+        return losses
+
+    monkeypatch.setattr(train_flextok.FlexTokTrainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, optimizer):
+    poisoned(monkeypatch, {2})
+    trainer = make_trainer(tmp_path, use_ema=True, optimizer=optimizer)
+    batch = first_batch(trainer)
+
+    def state():
+        tree = [trainer.model.state_dict(), trainer.optimizer.state_dict()["state"], trainer.ema.averages]
+        return [*tree, trainer.repa_module.state_dict()]
+
+    states = []
+    for step in range(4):
+        _, _, flags = trainer.update([batch])
+        trainer.global_step += 1
+        assert flags.tolist() == [float(step == 2), 0.0]
+        states.append(torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state()))
+    assert same(states[2], states[1])
+    assert not same(states[1], states[0]) and not same(states[3], states[2])
+
+
+def test_skipped_steps_are_counted_and_their_images_named(tmp_path, monkeypatch, caplog):
+    poisoned(monkeypatch, {2, 4})
+    trainer = make_trainer(tmp_path, use_repa=False)
+    trainer.train(max_steps=7)
+    named = [record.getMessage() for record in caplog.records if "changed nothing" in record.getMessage()]
+    assert [message.split(" changed")[0] for message in named] == ["step 3", "step 5"]
+    assert named[0].count("number ") == 4
+    records = [record for record in read_metrics(tmp_path) if "train/loss" in record]
+    assert [record["train/skipped_steps"] for record in records] == [0, 0, 0, 1, 1, 2, 2]
+    assert records[2]["train/loss"] is None and records[3]["train/loss"] is not None
+    assert read_latest(tmp_path)["nonfinite_steps"] == 2
+
+
+def test_too_many_in_a_row_end_the_run_and_a_finite_one_starts_the_count_anew(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {1, 2, 4, 5, 7, 8, 9})
+    trainer = make_trainer(tmp_path, use_repa=False, max_nonfinite_steps=2, save_every_steps=1, num_epochs=9)
+    with pytest.raises(UserError, match="3 steps in a row, up to step 10, .* smaller learning rate"):
+        trainer.train()
+    assert read_latest(tmp_path)["global_step"] == 9
+    assert all(value.isfinite().all() for value in read_latest(tmp_path)["model_state_dict"].values())
+
+
+def test_flags_come_a_step_late():
+    late = LateFlags(2, torch.device("cpu"))
+    assert late.exchange(torch.tensor([1.0, 0.0]), "first") is None
+    assert late.exchange(torch.tensor([0.0, 1.0]), "second") == ([1.0, 0.0], "first")
+    assert late.pop() == ([0.0, 1.0], "second")
+    assert late.pop() is None
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def train_long(folder: Path) -> None:
+    """1000 steps with W&B offline, pictures and validation; prints the resident size at 300 and at the end."""
+    sizes = []
+    os.environ["WANDB_MODE"] = "offline"
+    original = train_flextok.FlexTokTrainer._train_step
+
+    def step(self, *arguments):
+        original(self, *arguments)
+        if self.global_step in (300, 1000):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            sizes.append(pages * resource.getpagesize() / 1e6)
+
+    train_flextok.FlexTokTrainer._train_step = step
+    torch.set_num_threads(1)
+    run_main(
+        folder, run_dir=folder / "run", max_steps=1000, num_epochs=50, photos_train_crops=400, use_wandb=True,
+        visualize_every=100, save_every_steps=0,
+    )  # fmt: skip
+    print(f"resident size at step 300: {sizes[0]:.0f} MB, at step 1000: {sizes[1]:.0f} MB")
+    (folder / "growth").write_text(str(sizes[1] - sizes[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures the resident size as Linux tells it")
+def test_memory_does_not_grow_over_a_thousand_steps(tmp_path):
+    process = start(train_long, tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    assert float((tmp_path / "growth").read_text()) < 30  # MB
