@@ -44,6 +44,8 @@ def build(run_dir: Path, **changes) -> train_flextok.FlexTokTrainer:
     train_loader, val_loader = build_loaders(config, *build_datasets(config), CPU)
     model = load_model(config).double()
     model.vae = InDouble(model.vae)
+    quants = model.regularizer.quants_write_key  # computed in fp32
+    model.regularizer.register_forward_hook(lambda *call: call[2].update({quants: call[2][quants].double()}))
     original = train_flextok.build_repa_module
     train_flextok.build_repa_module = lambda *arguments: original(*arguments).double()
     try:
@@ -79,8 +81,8 @@ def train_briefly(run_dir: Path, steps: int = STEPS, resume: Path = None, **chan
 
     torch.nn.utils.clip_grad_norm_ = note_gradients
     try:
-        for epoch in range(trainer.config.num_epochs):
-            for window in trainer._windows(epoch, 0):
+        while trainer.global_step < steps:
+            for window in trainer._windows(*divmod(trainer.global_step, trainer.steps_per_epoch)):
                 if trainer.global_step < steps:
                     means, _, _ = trainer.update(window)
                     trainer.global_step += 1

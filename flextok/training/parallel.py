@@ -26,9 +26,9 @@ class Losses(nn.Module):
 
 
 def replicate(modules: List[nn.Module], compute: Callable[..., Dict[str, torch.Tensor]]) -> nn.Module:
-    """`compute` as a module whose backward pass averages the gradients of `modules` over the processes."""
+    """`compute` as a module whose backward pass averages the gradients of `modules`, if any, over the processes."""
     losses = Losses(modules, compute)
-    if world_size() == 1:
+    if world_size() == 1 or not modules:
         return losses
     return DistributedDataParallel(losses, broadcast_buffers=False, gradient_as_bucket_view=True)
 
