@@ -398,13 +398,13 @@ def _load_dinov2(
 
 
 def check_trust(repo: str, trust: bool) -> None:
-    """Raise ConfigError if the code in the folder `repo` may not be run.
+    """Raise ConfigError if there is a hubconf.py in the folder `repo` and it may not be run.
 
     It may with `trust`, or if the folder is torch.hub's own copy of facebookresearch/dinov2.
     """
     folder = Path(repo).expanduser().resolve()
     is_torch_hubs = folder.parent == hub_dir().resolve() and folder.name.startswith(_dinov2_folder_name(""))
-    if not trust and not is_torch_hubs:
+    if not trust and not is_torch_hubs and (folder / "hubconf.py").is_file():
         raise ConfigError(
             f"repa_encoder_repo is {repo}: loading the encoder runs {folder / 'hubconf.py'} and the Python code beside "
             "it with all your rights, and only torch.hub's own copy of facebookresearch/dinov2 is trusted by itself. "
