@@ -59,7 +59,7 @@ def bounded(tmp_path, monkeypatch):
     assert added <= {"flextok", *ALLOWED_IMPORTS}, added
 
 
-ALLOWED_IMPORTS = {"torch", "diffusers", "safetensors", "encodings", "huggingface_hub", "numpy", "yaml"}
+ALLOWED_IMPORTS = {"hypothesis", "torch", "diffusers", "safetensors", "encodings", "huggingface_hub", "numpy", "yaml"}
 
 
 def ends_in_documented_error(action, *arguments):
@@ -78,7 +78,7 @@ WORDS = ["_target_", "_partial_", "path", "dim", "depth", "levels", "max_sizes",
          "model", "batch_size", "os.system", "hydra.utils.get_method", "builtins.eval"]  # fmt: skip
 NUMBERS = st.one_of(
     st.integers(-3, 70),
-    st.sampled_from([10**6, 10**9, 2**31, 2**63, 2**64, -(10**9), 10**400, 16**6000]),
+    st.sampled_from([10**6, 10**9, 2**31, 2**63, 2**64, -(10**9), 10**400, 10**4000]),
     st.floats(),
 )
 LEAVES = st.one_of(
@@ -145,10 +145,10 @@ def test_any_settings_are_taken_or_refused(values):
 
 
 YAML_PIECES = st.sampled_from(
-    ["[", "]", "{", "}", ": ", "- ", "\n", "  ", "&a ", "*a", "<<", "? ", "!!", "!!python/object/apply:os.system ", "'",
-     '"', "#", "|", ">", "---\n", "...", "%YAML 1.2\n", "1e400", "0x", "1_000", ".nan", ".inf", "2026-99-99",
-     "2026-01-01", "12:30:45", "!!int ", "!!float ", "!!bool ", "!!timestamp ", "!!map ", "!!set ", "!!omap ", "!!binary ",
-     "\0", "\x85", "batch_size", "model", "img_size", "9" * 5000, "=", "~", ","]
+    ["[", "]", "{", "}", ": ", "- ", "\n", "  ", "&a ", "*a", "<<", "? ", "!!", "!!python/object/apply:os.system ",
+     "'", '"', "#", "|", ">", "---\n", "...", "%YAML 1.2\n", "1e400", "0x", "1_000", ".nan", ".inf", "2026-99-99",
+     "2026-01-01", "12:30:45", "!!int ", "!!float ", "!!bool ", "!!timestamp ", "!!map ", "!!set ", "!!omap ",
+     "!!binary ", "\0", "\x85", "batch_size", "model", "img_size", "9" * 5000, "=", "~", ","]
 )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def test_an_alias_that_is_no_bomb_is_read():
         ({"batch_size": 16**6000}, "batch_size: a whole number of 24001 bits"),
         ({"learning_rate": 10**400}, "learning_rate: a whole number of 1329 bits"),
         ({"learning_rate": float("inf")}, "finite"),
-        ({"wandb_tags": [["x" * 10**6] * 9] * 9}, "wandb_tags is .*expected a list"),
+        ({"wandb_tags": [["x" * 10**6] * 9] * 9}, "wandb_tags: more than 100000 values or 10000000 characters"),
         ({"x" * 10**6: 1}, "unknown setting"),
         ({16**6000: 1}, "unknown setting"),
         ({str(i): 1 for i in range(10_000)}, "and 9980 more"),
@@ -263,7 +263,7 @@ HUGE = {
     "levels": ("regularizer", "levels", [10**9] * 3),
     "many levels": ("regularizer", "levels", [2] * 50_000),
     "patches": ("encoder", "module_dict", "enc_patch_emb", "patch_sizes", [2**31, 2**31]),
-    "modules": ("encoder", "module_dict", {f"m{i}": {} for i in range(10**6)}),
+    "modules": ("encoder", "module_dict", {f"m{i}": {} for i in range(10**5)}),
 }
 
 
@@ -287,10 +287,11 @@ def test_enormous_sizes_in_a_config_end_in_an_error(tmp_path, change):
 
 def test_factories_within_factories_cannot_build_without_end():
     layer = None
-    for _ in range(10):  # each block of a transformer would be a transformer of 10^5 blocks, and so on
+    for _ in range(10):  # the activation of each block would be a transformer of a thousand blocks, and so on
         layer = {
-            "_target_": "flextok.model.trunks.transformers.FlexTransformer", "_partial_": True, "dim": 64, "depth": 1000,
-            "input_seq_read_key": "x", "output_seq_write_key": "x", **({"act_layer": layer} if layer else {}),
+            "_target_": "flextok.model.trunks.transformers.FlexTransformer", "_partial_": True, "dim": 64,
+            "depth": 1000, "input_seq_read_key": "x", "output_seq_write_key": "x",
+            **({"act_layer": layer} if layer else {}),
         }  # fmt: skip
     with torch.device("meta"), pytest.raises(ConfigError, match=f"more than {MAX_MODULES} modules"):
         instantiate({**layer, "_partial_": False})
@@ -373,7 +374,7 @@ def finite(tree):
 @pytest.mark.parametrize("parts", ["config", "each"])
 @pytest.mark.parametrize(
     "text",
-    ["{" * 10_000, "[" * 10_000, "-" * 100_000 + "1", "{[]: 1}", "{1: {[]: 2}}", "9" * 6000, "0x" + "f" * 6000,
+    ["{" * 500, "[" * 500, "-" * 100_000 + "1", "{[]: 1}", "{1: {[]: 2}}", "9" * 6000, "0x" + "f" * 6000,
      alias_bomb(), merge_bomb(), "&a {b: *a}", "[1]", "null", "2026-99-99", "{'_target_': 'os.system'}", "(" * 500,
      "1+" * 50_000 + "1"],
     ids=lambda text: text[:12],
@@ -391,7 +392,8 @@ def test_hostile_configs_in_a_header_are_refused(tmp_path, text, parts):
 @pytest.mark.parametrize(
     "content",
     [b"", b"[]", b"3", b'"text"', b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000,
-     b'{"vae": ' + b"9" * 5000 + b"}", b'{"config": {"config": 1}}', b"{", b'{"vae": NaN}', b'{"vae": {"_target_": "os.system", "command": "true"}}'],
+     b'{"vae": ' + b"9" * 5000 + b"}", b'{"config": {"config": 1}}', b"{", b'{"vae": NaN}',
+     b'{"vae": {"_target_": "os.system", "command": "true"}}'],
     ids=lambda content: repr(content[:10]),
 )  # fmt: skip
 def test_a_hostile_config_json_is_refused_by_every_way_of_loading(tmp_path, content):
@@ -638,8 +640,9 @@ def test_nothing_in_a_model_or_data_folder_is_run(tmp_path, monkeypatch):
         ):
             (place / name).write_text(trap)
         bomb = pickle.dumps(Reduced(exec, (trap,)))
-        for name in ("pytorch_model.bin", "model.pt", "data.pkl", "x.npy", "9.jpg"):
+        for name in ("pytorch_model.bin", "model.pt", "data.pkl", "x.npy"):
             (place / name).write_bytes(bomb)
+    (images / "9.jpg").write_bytes(bomb)
     loaded = FlexTokFromHub.from_pretrained(folder)
     assert loaded.config == model.config
     config = TrainConfig.from_dict(
@@ -658,7 +661,7 @@ def test_nothing_in_a_model_or_data_folder_is_run(tmp_path, monkeypatch):
         json.dumps({**model.config, "vae": {"_target_": "os.system", "command": "touch ran"}})
     )
     with pytest.raises(ConfigError, match="'os.system' is not allowed"):
-        known_model_config(config)
+        FlexTokFromHub(known_model_config(config))
     (folder / "config.yaml").write_text(
         yaml.dump({"a": 1}).replace("1", "!!python/object/apply:os.system ['touch ran']")
     )

@@ -590,7 +590,7 @@ def test_the_code_of_a_folder_is_run_only_if_it_is_trusted(cached_hub, tmp_path)
     repo = hub_standin.write_repository(tmp_path / "repo")
     with open(repo / "hubconf.py", "a") as file:
         file.write(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
-    with pytest.raises(ConfigError, match=rf"runs {re.escape(str(repo / 'hubconf.py'))} .*set repa_encoder_trust: true"):
+    with pytest.raises(ConfigError, match=rf"runs {re.escape(str(repo))}/hubconf.py .*set repa_encoder_trust: true"):
         load_encoder("dinov2_vits14", repo=str(repo))
     config = TrainConfig(use_repa=True, repa_encoder_type="dinov2_vits14", repa_encoder_repo=str(repo))
     with pytest.raises(ConfigError, match="set repa_encoder_trust: true"):  # at the start, before any loading

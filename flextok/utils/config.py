@@ -61,12 +61,12 @@ UNSUPPORTED_TARGETS = frozenset(
     }
 )
 
-# Far beyond any published model (1 400 modules), and little enough to be looked at in a moment.
+# Far beyond any published model (1 000 modules), and little enough to be looked at in a moment.
 MAX_DEPTH = 32  # of nested dicts and lists
 MAX_VALUES = 100_000  # keys, values and items, those that are repeated by reference counted each time
 MAX_TEXT = 10_000_000  # characters in all texts together
 MAX_BITS = 64  # of a whole number
-MAX_MODULES = 20_000  # that a config builds
+MAX_MODULES = 10_000  # that a config builds
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 200, 200, 40
