@@ -285,6 +285,31 @@ def test_enormous_sizes_in_a_config_end_in_an_error(tmp_path, change):
         load_model(TrainConfig.from_dict(run_settings(model=None, model_name=str(tmp_path))))
 
 
+@pytest.mark.parametrize("name", ["dim of 16 GB", "registers", "many positions"])
+def test_sizes_are_compared_with_the_weights_before_anything_is_allocated(name):
+    config = tiny_config()
+    *parents, key, value = HUGE[name]
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[key] = value
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        build_model(config, STATE)
+
+
+@pytest.mark.parametrize(
+    "part, value, message",
+    [
+        ("pipeline", tiny_config()["regularizer"], "pipeline: no sampler can be made of it"),
+        ("encoder", {"a": 1}, "encoder is a dict, expected a module"),
+        ("vae", {**tiny_config()["pipeline"]}, "vae is a .*, expected a module"),
+    ],
+)
+def test_parts_of_another_kind_are_refused_by_name(part, value, message):
+    with pytest.raises(ConfigError, match=message):
+        build_model({**tiny_config(), part: value}, STATE)
+
+
 def test_factories_within_factories_cannot_build_without_end():
     layer = None
     for _ in range(10):  # the activation of each block would be a transformer of a thousand blocks, and so on
