@@ -54,6 +54,7 @@ from flextok.training.checkpoints import (
     BEST,
     EPOCH,
     LATEST,
+    check_checkpoint,
     find_checkpoint,
     link_checkpoint,
     prune_checkpoints,
@@ -75,7 +76,7 @@ from flextok.training.models import (
 from flextok.training.parallel import exchanging, full, replicate, shard, sharded_like, whole
 from flextok.training.pictures import save_curves, save_grid
 from flextok.training.summary import summary
-from flextok.utils.checkpoint import CheckpointError, load_weights
+from flextok.utils.checkpoint import CheckpointError, check_weights, load_weights
 from flextok.utils.config import ConfigError
 from flextok.utils.devices import chosen_device, return_freed_memory
 from flextok.utils.dtypes import autocast_dtype, precision
@@ -866,15 +867,15 @@ class FlexTokTrainer:
             FileNotFoundError, CheckpointError: Not there, unreadable, or of another model, optimizer, seed or dataset.
         """
         path, checkpoint = readable_checkpoint(Path(path))
-        missing = {
-            "data",
-            "config",
-            "global_step",
-            "optimizer_state_dict",
-            "repa_module_state_dict",
-        } - checkpoint.keys()
-        if missing:
-            raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}, so it cannot be continued")
+        check_checkpoint(checkpoint, str(path))
+        try:
+            self._load_checkpoint(checkpoint, path)
+        except UserError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{path} cannot be continued: {type(error).__name__}: {error}") from error
+
+    def _load_checkpoint(self, checkpoint: dict, path: Union[str, Path]) -> None:
         if checkpoint["data"] != self.data_identity:
             raise CheckpointError(
                 f"{path} was trained on other data ({checkpoint['data']}; now {self.data_identity}), so it cannot be "
@@ -924,6 +925,13 @@ class FlexTokTrainer:
             self.optimizer.load_state_dict(optimizer_state)
         except ValueError as error:
             raise CheckpointError(f"{path} was trained with other parameters: {error}") from error
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if value.shape not in (parameter.shape, ()):
+                    raise CheckpointError(
+                        f"{path}: {name} of the optimizer is {list(value.shape)} for a parameter "
+                        f"{list(parameter.shape)}"
+                    )
         base_lrs = self.scheduler.base_lrs
         self.scheduler.load_state_dict({**checkpoint["scheduler_state_dict"], "base_lrs": base_lrs})
         for group, setting, base_lr, course in zip(
@@ -933,7 +941,8 @@ class FlexTokTrainer:
         if checkpoint["scaler_state_dict"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint["scaler_state_dict"])
         if self.ema is not None:
-            self.ema.load_state_dict(checkpoint["ema_model_state_dict"] or checkpoint["model_state_dict"])
+            averages = checkpoint["ema_model_state_dict"] or checkpoint["model_state_dict"]
+            self.ema.load_state_dict(check_weights(self.model, averages, f"{path} (averages)"))
         if self.use_repa:
             self._load_projector(checkpoint, str(path))
         self.best_val_loss = checkpoint["best_val_loss"]

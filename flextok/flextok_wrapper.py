@@ -11,9 +11,10 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 
 from .utils.batching import dense_batches
 from .utils.checkpoint import build_model, load_safetensors, save_safetensors
-from .utils.config import ConfigError, instantiate
+from .utils.config import ConfigError, check_tree, instantiate
 from .utils.files import write_atomically
 from .utils.modules import evaluating
+from .utils.plain import read_json_object
 
 PARTS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
@@ -26,6 +27,7 @@ def flat_config(config: Dict) -> Dict:
     missing = [part for part in PARTS if not isinstance(config, dict) or not isinstance(config.get(part), dict)]
     if missing:
         raise ConfigError(f"config: {', '.join(missing)} missing; a FlexTok config is a dict of {', '.join(PARTS)}")
+    check_tree(config)
     return {part: config[part] for part in PARTS}
 
 
@@ -41,6 +43,9 @@ class FlexTok(nn.Module):
         regularizer: FSQ.
         flow_matching_noise_module: Noises the latents, for training.
         pipeline: Factory of the sampler, called with `model=decoder`.
+
+    Raises:
+        ConfigError: A part that is no module, or a pipeline that takes no model.
     """
 
     def __init__(
@@ -55,7 +60,13 @@ class FlexTok(nn.Module):
         super().__init__()
         self.vae, self.encoder, self.decoder = vae, encoder, decoder
         self.regularizer, self.flow_matching_noise_module = regularizer, flow_matching_noise_module
-        self.pipeline = pipeline(model=decoder)
+        for part in PARTS[:-1]:
+            if not isinstance(getattr(self, part), nn.Module):
+                raise ConfigError(f"{part} is a {type(getattr(self, part)).__name__}, expected a module")
+        try:
+            self.pipeline = pipeline(model=decoder)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"pipeline: no sampler can be made of it: {error}") from error
 
     @property
     def device(self) -> torch.device:
@@ -176,6 +187,27 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
         self.config = copy.deepcopy(parts)
         if "scaling_factor" in self.config["vae"]:  # null there means the VAE's own: a saved model says which
             self.config["vae"]["scaling_factor"] = self.vae.scaling_factor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Union[str, Path], **arguments) -> "FlexTokFromHub":
+        """Load from the Hub, its cache, or a folder, in evaluation mode on the CPU.
+
+        Args:
+            pretrained_model_name_or_path: A name on the Hub, or a folder with model.safetensors and config.json.
+            arguments: `revision` (branch, tag or commit on the Hub), `cache_dir`, `force_download`,
+                `local_files_only`, `token`, and `map_location`, the device.
+
+        Raises:
+            OSError: Not there, and not to be downloaded; without model.safetensors it is FileNotFoundError.
+            ConfigError, CheckpointError: The config cannot be read or built, or the weights not be read, or not fit.
+        """
+        config_file = Path(pretrained_model_name_or_path) / CONFIG_NAME
+        if config_file.is_file():
+            arguments.setdefault("config", read_json_object(config_file))
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **arguments)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
+            raise ConfigError(f"the {CONFIG_NAME} of {pretrained_model_name_or_path} is no config: {error}") from error
 
     @classmethod
     def _from_pretrained(

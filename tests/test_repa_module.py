@@ -30,6 +30,9 @@ from flextok.model.utils.repa_loss import (
     projector_parameters,
     spatially_normalised,
 )
+from flextok.training.config import TrainConfig
+from flextok.training.models import check_repa_settings
+from flextok.utils.config import ConfigError
 from flextok.utils.random import generator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -487,8 +490,9 @@ def test_local_folder_and_weights_file_need_no_network_and_no_cache(hub_dir, tmp
     repo = hub_standin.write_repository(tmp_path / "my dinov2")
     torch.save(hub_standin.make_weights("dinov2_vitb14", seed=7), tmp_path / "b.pth")
     repa = REPAModule(
-        10, "dinov2_vitb14", 768, image_size=28, encoder_repo=str(repo), encoder_weights=str(tmp_path / "b.pth")
-    )
+        10, "dinov2_vitb14", 768, image_size=28, encoder_repo=str(repo), encoder_weights=str(tmp_path / "b.pth"),
+        encoder_trust=True,
+    )  # fmt: skip
     expected = hub_standin.make_weights("dinov2_vitb14", seed=7)["patch_embed.weight"]
     assert torch.equal(repa.encoder.model.patch_embed.weight, expected)
     assert not hub_dir.exists()
@@ -496,7 +500,7 @@ def test_local_folder_and_weights_file_need_no_network_and_no_cache(hub_dir, tmp
 
 def test_a_local_folder_takes_cached_weights_and_a_weights_file_the_cached_repository(cached_hub, tmp_path):
     repo = hub_standin.write_repository(tmp_path / "repo")
-    encoder = load_encoder("dinov2_vits14", repo=str(repo))
+    encoder = load_encoder("dinov2_vits14", repo=str(repo), trust=True)
     expected = hub_standin.make_weights("dinov2_vits14")
     assert torch.equal(encoder.model.patch_embed.weight, expected["patch_embed.weight"])
     torch.save(hub_standin.make_weights("dinov2_vits14", seed=8), tmp_path / "s.pth")
@@ -580,6 +584,29 @@ def test_wrong_local_paths_and_settings_are_named(cached_hub, tmp_path):
         load_encoder("dinov2_vits14", weights=str(tmp_path / "nothing.pth"))
     with pytest.raises(ValueError, match="repa_encoder_revision is main, but repa_encoder_repo is a folder"):
         load_encoder("dinov2_vits14", repo=str(cached_hub / hub_standin.FOLDER), revision="main")
+
+
+def test_the_code_of_a_folder_is_run_only_if_it_is_trusted(cached_hub, tmp_path):
+    repo = hub_standin.write_repository(tmp_path / "repo")
+    with open(repo / "hubconf.py", "a") as file:
+        file.write(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises(ConfigError, match=rf"runs {re.escape(str(repo))}/hubconf.py .*set repa_encoder_trust: true"):
+        load_encoder("dinov2_vits14", repo=str(repo))
+    config = TrainConfig(use_repa=True, repa_encoder_type="dinov2_vits14", repa_encoder_repo=str(repo))
+    with pytest.raises(ConfigError, match="set repa_encoder_trust: true"):  # at the start, before any loading
+        check_repa_settings(config, torch.device("cpu"))
+    config.repa_encoder_trust = True
+    check_repa_settings(config, torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
+    load_encoder("dinov2_vits14", repo=str(repo), trust=True)
+    assert (tmp_path / "ran").exists()
+
+
+def test_torch_hubs_own_copy_of_dinov2_needs_no_trust_and_others_beside_it_do(cached_hub):
+    load_encoder("dinov2_vits14", repo=str(cached_hub / hub_standin.FOLDER))
+    other = hub_standin.write_repository(cached_hub / "somebody_dinov2_main")
+    with pytest.raises(ConfigError, match="repa_encoder_trust"):
+        load_encoder("dinov2_vits14", repo=str(other))
 
 
 def test_foreign_and_damaged_weights_are_refused_with_all_differences(cached_hub, tmp_path):

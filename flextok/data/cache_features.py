@@ -159,7 +159,7 @@ def load_features(config: TrainConfig, device: torch.device) -> Callable[[torch.
     with one_at_a_time(Path(config.cache_dir)):  # the first downloads, the others find it there
         encoder = load_encoder(
             config.repa_encoder_type, config.repa_encoder_repo, config.repa_encoder_weights, config.repa_image_size,
-            config.repa_encoder_revision, encoder_dtype(config.repa_encoder_dtype, device),
+            config.repa_encoder_revision, encoder_dtype(config.repa_encoder_dtype, device), config.repa_encoder_trust,
         )  # fmt: skip
     return encoder_features(encoder.to(device))
 

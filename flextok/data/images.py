@@ -52,7 +52,11 @@ def _natural_key(name: str) -> tuple:
 
 
 def _is_image_file(path: Path) -> bool:
-    return not path.name.startswith(".") and path.suffix.lower() in EXTENSIONS and path.is_file()
+    if path.name.startswith(".") or path.suffix.lower() not in EXTENSIONS:
+        return False
+    if path.is_symlink() and not path.exists():
+        logger.warning("%s is a link to nothing, or to itself: it is left out", path)
+    return path.is_file()
 
 
 def _log_unreadable_folder(error: OSError) -> None:
@@ -63,8 +67,8 @@ def list_images(folder: Union[str, Path]) -> list[Path]:
     """The image files in `folder` and its sub-folders, in an order that does not depend on the file system.
 
     If `folder` has no image directly but a sub-folder `images`, only that sub-folder is taken. Hidden files and
-    folders are skipped; linked folders are followed, each real folder once. The order is by number if all stems are
-    numbers (CelebA-HQ: 2.jpg before 10.jpg), else natural (a2 before a10).
+    folders are skipped; linked folders are followed, each real folder once; a broken link is named in the log. The
+    order is by number if all stems are numbers (CelebA-HQ: 2.jpg before 10.jpg), else natural (a2 before a10).
 
     Raises:
         FileNotFoundError: No such folder, or no image in it.

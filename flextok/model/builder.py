@@ -265,9 +265,12 @@ def with_fsq_levels(config: dict, levels: Sequence[int]) -> "tuple[dict, list[st
     """
     config = copy.deepcopy(config)
     fsq = config["regularizer"]
-    encoder, decoder = config["encoder"]["module_dict"], config["decoder"]["module_dict"]
-    into = [n for n, m in encoder.items() if m.get("write_key") == fsq["latents_read_key"] and "dim_out" in m]
-    out_of = [n for n, m in decoder.items() if m.get("read_key") == fsq["quants_write_key"] and "dim_in" in m]
+    try:
+        encoder, decoder = config["encoder"]["module_dict"], config["decoder"]["module_dict"]
+        into = [n for n, m in encoder.items() if m.get("write_key") == fsq["latents_read_key"] and "dim_out" in m]
+        out_of = [n for n, m in decoder.items() if m.get("read_key") == fsq["quants_write_key"] and "dim_in" in m]
+    except (KeyError, AttributeError, TypeError):  # not the tree of dicts that such a config is
+        into = out_of = []
     if not into or not out_of:
         raise ConfigError("fsq_levels: the config has no layer before, or none after, the quantiser to rebuild")
     fsq["levels"] = list(levels)

@@ -9,6 +9,8 @@ import torch.nn as nn
 from ..utils.batching import dense_batches
 from ..utils.random import BatchRandom
 
+MAX_CODES = 2**63 - 1  # tokens are of 64 bits
+
 
 class FSQ(nn.Module):
     """Rounds each channel of a latent vector to one of `levels[i]` values: [B, ..., len(levels)], computed in fp32.
@@ -17,7 +19,7 @@ class FSQ(nn.Module):
     0..codebook_size - 1). There is no codebook to learn, and nothing in the state dict.
 
     Args:
-        levels: Number of values per channel, at least 2 each.
+        levels: Number of values per channel, at least 2 each, with a product of at most MAX_CODES.
         drop_quant_p: In training, probability that an image's latents are left unquantised.
         corrupt_tokens_p, min_corrupt_tokens_p: In training, a corrupted image has each code replaced, with a
             probability drawn uniformly between the two, by a code drawn uniformly from the codebook.
@@ -41,6 +43,11 @@ class FSQ(nn.Module):
         self.levels = [int(level) for level in levels]
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels is {self.levels}, expected numbers of at least 2")
+        self.codebook_size = 1
+        for level in self.levels:
+            self.codebook_size *= level
+            if self.codebook_size > MAX_CODES:
+                raise ValueError(f"levels give more than {MAX_CODES} codes: use fewer or smaller ones")
         for name, p in (
             ("drop_quant_p", drop_quant_p), ("corrupt_tokens_p", corrupt_tokens_p),
             ("min_corrupt_tokens_p", min_corrupt_tokens_p), ("apply_corrupt_tokens_p", apply_corrupt_tokens_p),
@@ -51,7 +58,6 @@ class FSQ(nn.Module):
         self.tokens_write_key = tokens_write_key
         self.drop_quant_p, self.apply_corrupt_tokens_p = drop_quant_p, apply_corrupt_tokens_p
         self.corrupt_tokens_p, self.min_corrupt_tokens_p = corrupt_tokens_p, min_corrupt_tokens_p
-        self.codebook_size = math.prod(self.levels)
         basis = [math.prod(self.levels[:i]) for i in range(len(self.levels))]
         self.register_buffer("_levels", torch.tensor(self.levels), persistent=False)
         self.register_buffer("_basis", torch.tensor(basis), persistent=False)

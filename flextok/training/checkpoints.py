@@ -5,28 +5,40 @@ import glob
 import json
 import logging
 import os
-import pickle
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from typing import Optional, Tuple
 
 import torch
-import yaml
 
-from ..utils.checkpoint import CheckpointError
+from ..utils.checkpoint import CheckpointError, load_pickled
+from ..utils.config import ConfigError, shown
 from ..utils.errors import UserError
 from ..utils.files import write_atomically
+from ..utils.plain import parse_yaml
 
 LATEST, BEST = "latest.pt", "best.pt"
 PREVIOUS = "previous.pt"  # what was the latest before
 EPOCH = "epoch_{}.pt"  # those that are kept
 CONFIG_FILE = "config.yaml"  # the settings in force, in the run folder
+_NONE = type(None)
+FIELDS = {  # what a run continues from, with its types
+    "global_step": (int,),
+    "data": (dict,),
+    "config": (dict,),
+    "model_state_dict": (dict, OrderedDict),
+    "optimizer_state_dict": (dict,),
+    "scheduler_state_dict": (dict,),
+    "scaler_state_dict": (dict,),
+    "ema_model_state_dict": (dict, OrderedDict, _NONE),
+    "repa_module_state_dict": (dict, OrderedDict, _NONE),
+    "best_val_loss": (float, int),
+    "constant_losses": (dict, _NONE),
+    "random_state": (torch.Tensor,),
+}
 
 log = logging.getLogger("flextok")
-
-
-class UnreadableCheckpoint(CheckpointError):
-    """A file that is damaged or no checkpoint."""
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
@@ -66,7 +78,7 @@ def readable_checkpoint(path: Path) -> Tuple[Path, dict]:
     """
     try:
         return path, read_checkpoint(path)
-    except UnreadableCheckpoint as error:
+    except CheckpointError as error:
         others = [other for other in path.parent.glob("*.pt") if other != path] if path.name == LATEST else []
         for other in sorted(others, key=lambda other: other.stat().st_mtime, reverse=True):
             with contextlib.suppress(CheckpointError):
@@ -89,7 +101,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint on the CPU with `weights_only=True`.
+    """Read a checkpoint on the CPU; nothing in it is run.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -98,15 +110,23 @@ def read_checkpoint(path: Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UnreadableCheckpoint(
-            f"{path} ({path.stat().st_size} bytes) is not a readable checkpoint: {error}"
-        ) from error
+    checkpoint = load_pickled(path)
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
-        raise UnreadableCheckpoint(f"{path} is not a checkpoint of train_flextok.py: it has no model_state_dict")
+        raise CheckpointError(f"{path} is not a checkpoint of train_flextok.py: it has no model_state_dict")
     return checkpoint
+
+
+def check_checkpoint(checkpoint: dict, source: str) -> None:
+    """Raise CheckpointError unless a checkpoint has all that a run continues from, each of its type."""
+    lacking = FIELDS.keys() - checkpoint.keys()
+    if lacking:
+        raise CheckpointError(f"{source} lacks {', '.join(sorted(lacking))}, so it cannot be continued")
+    for key, kinds in FIELDS.items():
+        if type(checkpoint[key]) not in kinds:
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise CheckpointError(f"{source}: {key} is {shown(checkpoint[key])}, expected {expected}")
+    if not 0 <= checkpoint["global_step"] < 2**53:
+        raise CheckpointError(f"{source}: global_step is {shown(checkpoint['global_step'])}, expected a count of steps")
 
 
 def find_checkpoint(
@@ -141,8 +161,8 @@ def find_checkpoint(
 def _trained_with_repa(run_dir: Path) -> Optional[bool]:
     """`use_repa` of a run folder; None if it does not say."""
     try:
-        return yaml.safe_load((run_dir / CONFIG_FILE).read_text()).get("use_repa")
-    except (OSError, yaml.YAMLError, AttributeError):
+        return parse_yaml((run_dir / CONFIG_FILE).read_text()).get("use_repa")
+    except (OSError, ConfigError, UnicodeDecodeError, AttributeError):
         return None
 
 

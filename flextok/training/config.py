@@ -11,8 +11,9 @@ from typing import Any, Dict, List, Optional, Union
 
 import yaml
 
-from ..utils.config import ConfigError, nearest
+from ..utils.config import ConfigError, check_tree, nearest, shown
 from ..utils.files import write_atomically
+from ..utils.plain import parse_yaml
 from .checkpoints import CONFIG_FILE
 
 SPECIAL_DATASETS = ("celebahq", "photos")  # any other name is a folder of images
@@ -37,6 +38,7 @@ class TrainConfig:
         "EPFL-VILAB/flextok_d18_d18_in1k",
         "Model to start from: a Hub name, a folder (config.json, model.safetensors), or a .safetensors file.",
     )
+    model_revision: Optional[str] = setting(None, "Branch, tag or commit of model_name on the Hub; null: its main.")
     model: Optional[Dict[str, Any]] = setting(
         None,
         "A new model by size instead: `preset` (d12-d12, d18-d18, d18-d28) and arguments of "
@@ -216,7 +218,14 @@ class TrainConfig:
         "auto", "What the encoder computes in; auto: bf16 where the device has it, else fp32.",
         choices=("auto", "fp32", "bf16", "fp16"),
     )  # fmt: skip
-    repa_encoder_repo: Optional[str] = setting(None, "Folder with DINOv2's hubconf.py, for machines without network.")
+    repa_encoder_repo: Optional[str] = setting(
+        None, "Folder with DINOv2's hubconf.py, for machines without network; its code is run: see repa_encoder_trust."
+    )
+    repa_encoder_trust: bool = setting(
+        False,
+        "Allow the code in repa_encoder_repo to run. torch.hub's own copy of facebookresearch/dinov2 needs no "
+        "permission.",
+    )
     repa_encoder_weights: Optional[str] = setting(
         None, "File with the encoder's weights (.pth, .safetensors), for machines without network."
     )
@@ -372,9 +381,10 @@ class TrainConfig:
             if values.setdefault("gradient_checkpointing", not disabled) == disabled:
                 raise ConfigError("gradient_checkpointing and disable_gradient_checkpointing contradict each other")
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = [f"{key!r}{nearest(key, known)}" for key in values if key not in known]
+        unknown = [f"{shown(key)}{nearest(key, known)}" for key in values if key not in known]
         if unknown:
-            raise ConfigError(f"unknown setting{'s' if len(unknown) > 1 else ''}: {', '.join(unknown)}")
+            more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+            raise ConfigError(f"unknown setting{'s' if len(unknown) > 1 else ''}: {', '.join(unknown[:20])}{more}")
         return cls(**values)
 
     def to_dict(self) -> Dict[str, Any]:
@@ -384,11 +394,12 @@ class TrainConfig:
 def _describe(value: Any) -> str:
     kinds = {bool: "true/false", int: "a whole number", float: "a number", str: "a string", list: "a list",
              dict: "a mapping", type(None): "null"}  # fmt: skip
-    return f"{value!r} ({kinds.get(type(value), type(value).__name__)})"
+    return f"{shown(value)} ({kinds.get(type(value), type(value).__name__)})"
 
 
 def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     """`value` in the field's type and within its limits, or ConfigError."""
+    check_tree(value, field.name)
     options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
@@ -428,18 +439,18 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
         value = convert(value)
     if limits["choices"] is not None and value not in limits["choices"]:
         raise ConfigError(
-            f"{field.name} is {value!r}, expected one of "
+            f"{field.name} is {shown(value)}, expected one of "
             f"{', '.join(limits['choices'])}{nearest(value, limits['choices'])}"
         )
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, float) and not abs(item) < float("inf"):
             raise ConfigError(f"{field.name} is {item}, expected a finite number")
         if limits["minimum"] is not None and item < limits["minimum"]:
-            raise ConfigError(f"{field.name} is {value}, expected at least {limits['minimum']}")
+            raise ConfigError(f"{field.name} is {shown(value)}, expected at least {limits['minimum']}")
         if limits["maximum"] is not None and item > limits["maximum"]:
-            raise ConfigError(f"{field.name} is {value}, expected at most {limits['maximum']}")
+            raise ConfigError(f"{field.name} is {shown(value)}, expected at most {limits['maximum']}")
         if limits["above"] is not None and item <= limits["above"]:
-            raise ConfigError(f"{field.name} is {value}, expected more than {limits['above']}")
+            raise ConfigError(f"{field.name} is {shown(value)}, expected more than {limits['above']}")
     return value
 
 
@@ -457,35 +468,7 @@ def _check_model_arguments(arguments: Dict[str, Any]) -> None:
     known = ["preset", *inspect.signature(build_config).parameters]
     for key in arguments:
         if key not in known:
-            raise ConfigError(f"model: unknown argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}")
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with the floats of YAML 1.2 (`1e-4` is a number), where a key given twice is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (str, int, float, bool)) and key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
-            seen.add(key) if isinstance(key, (str, int, float, bool)) else None
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
-    list("-+.0123456789"),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """YAML text to plain values; raises ConfigError with the line where it is wrong."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}") from error
+            raise ConfigError(f"model: unknown argument {shown(key)}{nearest(key, known)}; it takes {', '.join(known)}")
 
 
 def load_config(path: Union[str, Path], overrides: typing.Sequence[str] = ()) -> TrainConfig:
@@ -499,7 +482,7 @@ def load_config(path: Union[str, Path], overrides: typing.Sequence[str] = ()) ->
         configs = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         raise ConfigError(f"there is no config file {path}; in configs/: {', '.join(configs) or 'nothing'}")
     try:
-        values = parse_yaml(path.read_text()) or {}
+        values = parse_yaml(path.read_text(encoding="utf-8")) or {}
     except (ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(values, dict):

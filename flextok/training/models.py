@@ -1,6 +1,5 @@
 """The model that a training config asks for."""
 
-import json
 import logging
 from pathlib import Path
 from typing import List, Optional, Tuple
@@ -15,6 +14,7 @@ from ..model.preprocessors.patching import PatchEmbedder
 from ..utils.checkpoint import CheckpointError, build_model, load_safetensors, parse_metadata
 from ..utils.config import ConfigError
 from ..utils.modules import evaluating
+from ..utils.plain import read_json_object
 from ..utils.random import RANDOM_KEY, BatchRandom, address_key
 from .config import TrainConfig
 
@@ -64,13 +64,13 @@ def known_model_config(config: TrainConfig) -> Optional[dict]:
             if preset.replace("-", "_") in config.model_name:
                 return preset_config(preset)
         return None
+    if config_file is not None:
+        return flat_config(read_json_object(config_file))
     try:
-        if config_file is not None:
-            return flat_config(json.loads(config_file.read_text()))
         with safe_open(weights, framework="pt") as file:
             header = dict(file.metadata() or {})
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise CheckpointError(f"model_name: {config_file or weights} cannot be read: {error}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"model_name: {weights} cannot be read: {error}") from error
     if "encoder" not in header and "config" not in header:
         raise ConfigError(f"model_name: {weights} has no config, neither {CONFIG_NAME} beside it nor in its header")
     return flat_config({key: parse_metadata(value) for key, value in header.items()})
@@ -91,8 +91,8 @@ def load_model(config: TrainConfig) -> FlexTokFromHub:
             if config.fsq_levels is not None:
                 model_config, _ = with_fsq_levels(model_config, config.fsq_levels)
             return FlexTokFromHub(model_config)
-        model_config, tensors = _fetch(config.model_name)
-        levels_differ = config.fsq_levels is not None and config.fsq_levels != model_config["regularizer"]["levels"]
+        model_config, tensors = _fetch(config.model_name, config.model_revision)
+        levels_differ = config.fsq_levels is not None and config.fsq_levels != model_config["regularizer"].get("levels")
         fresh = []
         if levels_differ:
             model_config, fresh = with_fsq_levels(model_config, config.fsq_levels)
@@ -101,29 +101,36 @@ def load_model(config: TrainConfig) -> FlexTokFromHub:
         return build_model(model_config, tensors, config.model_name, fresh=fresh)
 
 
-def _fetch(model_name: str) -> "tuple[dict, dict]":
-    """(config, tensors) of a folder, a file, or a Hub repository."""
+def _fetch(model_name: str, revision: Optional[str] = None) -> "tuple[dict, dict]":
+    """(config, tensors) of a folder, a file, or a Hub repository, there of a revision."""
     config_file, weights = _files(model_name)
+    if weights is not None and revision is not None:
+        raise ConfigError(f"model_revision is {revision}, but model_name is {model_name}, on this machine: remove it")
     if weights is None:
         from huggingface_hub import hf_hub_download
 
         try:
-            config_file, weights = (Path(hf_hub_download(model_name, name)) for name in (CONFIG_NAME, WEIGHTS_NAME))
+            config_file, weights = (
+                Path(hf_hub_download(model_name, name, revision=revision)) for name in (CONFIG_NAME, WEIGHTS_NAME)
+            )
         except (OSError, ValueError) as error:
+            at = "" if revision is None else f" --revision {revision}"
             raise ConfigError(
-                f"model_name: {model_name!r} is neither a folder, nor in the Hugging Face cache, nor can "
-                "it be downloaded "
-                f"({error}). Without network, run `hf download {model_name}` elsewhere and copy the folder here"
+                f"model_name: {model_name!r} is neither a folder, nor in the Hugging Face cache, nor can it be "
+                f"downloaded ({error}). Without network, run `hf download {model_name}{at}` elsewhere and copy the "
+                "folder here"
             ) from error
     tensors, header = load_safetensors(weights)
     if config_file is not None:
-        header = json.loads(config_file.read_text())
+        header = read_json_object(config_file)
     return flat_config(header), tensors
 
 
 def check_image_size(model: nn.Module, img_size: int) -> None:
     """Raise ConfigError unless the model takes square images of this size; `model` is on the meta device."""
-    factor = model.vae.downsample_factor
+    factor = getattr(model.vae, "downsample_factor", None)
+    if factor is None:
+        raise ConfigError(f"the model's vae is a {type(model.vae).__name__}, which makes no latents of images")
     if img_size % factor:
         raise ConfigError(f"img_size is {img_size}, expected a multiple of {factor}, the VAE's pixels per latent")
     with torch.device("meta"), torch.no_grad(), evaluating(model):
@@ -134,6 +141,8 @@ def check_image_size(model: nn.Module, img_size: int) -> None:
             model.decoder(model.flow_matching_noise_module(model.regularizer(model.encoder(data_dict))))
         except ValueError as error:
             raise ConfigError(f"img_size {img_size} does not fit the model: {error}") from error
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # parts that do not fit each other
+            raise ConfigError(f"the model's config makes no working model: {type(error).__name__}: {error}") from error
 
 
 def check_repa_model(model: nn.Module, layers: Optional[List[int]] = None) -> List[int]:
@@ -198,6 +207,7 @@ def build_repa_module(config: TrainConfig, model: nn.Module, device: torch.devic
             encoder_repo=config.repa_encoder_repo,
             encoder_weights=config.repa_encoder_weights,
             encoder_revision=config.repa_encoder_revision,
+            encoder_trust=config.repa_encoder_trust,
             encoder_dtype=encoder_dtype(config.repa_encoder_dtype, device),
             n_layers=len(layers),
             projector=config.repa_projector,
@@ -213,7 +223,7 @@ def build_repa_module(config: TrainConfig, model: nn.Module, device: torch.devic
 
 def check_repa_settings(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError unless encoder, dimensions, image size and dtype fit each other; loads nothing."""
-    from ..model.utils.repa_encoders import check_encoder_settings, encoder_dtype, encoder_facts
+    from ..model.utils.repa_encoders import check_encoder_settings, check_trust, encoder_dtype, encoder_facts
 
     try:
         check_encoder_settings(config.repa_encoder_type, config.repa_encoder_dim, config.repa_image_size)
@@ -230,3 +240,5 @@ def check_repa_settings(config: TrainConfig, device: torch.device) -> None:
         path = getattr(config, key)
         if path is not None and not Path(path).expanduser().exists():
             raise ConfigError(f"{key}: there is nothing at {path}")
+    if config.repa_encoder_repo is not None:
+        check_trust(config.repa_encoder_repo, config.repa_encoder_trust)

@@ -4,20 +4,35 @@ import ast
 import json
 import logging
 import os
+import pickletools
+import re
+import zipfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .config import ConfigError, check_tree, shown
 from .errors import UserError
 from .files import write_atomically
+from .plain import parse_yaml
 
 log = logging.getLogger(__name__)
 PathLike = Union[str, os.PathLike]
+
+MAX_METADATA = 1_000_000  # characters of one value in a safetensors header; a config has ten thousand
+MAX_PARAMETERS = 10_000_000_000  # of a model; the largest published one has 1.4 billion, and 84 million in its VAE
+
+# What torch.save writes for tensors and plain values. Others that weights_only allows take a size and make as many
+# bytes of it (bytearray, torch.Tensor), or tensors without any.
+_PICKLED = re.compile(
+    r"collections (OrderedDict|Counter)|_codecs encode|(builtins|__builtin__) (set|complex)"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter Parameter"
+    r"|torch (\w+Storage|Size|device|bool|bfloat16|u?int\d+|float\d+\w*|complex\d+)"
+)
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -50,10 +65,14 @@ def save_safetensors(
 
 def parse_metadata(text: str) -> Any:
     """A value of a safetensors header: a Python, JSON or YAML literal, `None` for null; else the text itself."""
-    for parse in (ast.literal_eval, json.loads, yaml.safe_load):
+    if len(text) > MAX_METADATA:
+        return text
+    for parse in (ast.literal_eval, json.loads, parse_yaml):
         try:
-            return _none_for_null(parse(text))
-        except (ValueError, SyntaxError, RecursionError, MemoryError, yaml.YAMLError):
+            value = parse(text)
+            check_tree(value)
+            return _none_for_null(value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # ValueError: ConfigError too
             continue
     return text
 
@@ -81,7 +100,7 @@ def load_safetensors(
         with safe_open(safetensors_path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             metadata = {key: parse_metadata(value) for key, value in (file.metadata() or {}).items() if key != "format"}
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
         size = Path(safetensors_path).stat().st_size
         raise CheckpointError(
             f"{safetensors_path} ({size} bytes) cannot be read as safetensors: {error}. It may be truncated: copy or "
@@ -90,16 +109,82 @@ def load_safetensors(
     return (tensors, metadata) if return_metadata else tensors
 
 
-def load_weights(
-    model: nn.Module, state_dict: Dict[str, torch.Tensor], source: str = "the checkpoint", fresh: Sequence[str] = ()
-) -> None:
-    """Copy a state dict into a FlexTok model; every key must fit. Modules named in `fresh` keep what they have.
-
-    A state dict without any `vae.` key is one that was saved without its VAE: the model keeps the VAE that it has.
+def load_pickled(path: PathLike) -> Any:
+    """What torch.save wrote, on the CPU: nothing in the file is run, nor can it take more memory than it has bytes.
 
     Raises:
-        CheckpointError: With all missing and unexpected keys and wrong shapes. The model is left as it was.
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is damaged, or holds other things than tensors and plain values.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    size = path.stat().st_size
+    try:
+        if zipfile.is_zipfile(path):  # files of before PyTorch 1.6 are none
+            _check_archive(path, size)
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(value, size)
+    except Exception as error:  # of unpickling a damaged file: of any kind
+        raise CheckpointError(
+            f"{path} ({size} bytes) is not a readable checkpoint: {type(error).__name__}: {error}"
+        ) from error
+    return value
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Raise ValueError for an archive that is larger unpacked than packed, or pickles other things than `_PICKLED`."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not stored or sum(entry.file_size for entry in entries) > size:
+            raise ValueError("its parts are compressed or overlap, which torch.save does not do")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                for opcode, argument, _ in pickletools.genops(archive.read(entry)):
+                    if opcode.name == "STACK_GLOBAL" or (
+                        opcode.name in ("GLOBAL", "INST") and not _PICKLED.fullmatch(argument)
+                    ):
+                        raise ValueError(f"it asks for {shown(argument)}, which is no part of a checkpoint")
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a tree of containers, each container visited once."""
+    stack, seen = [tree], set()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            stack.extend([*value.keys(), *value.values()] if isinstance(value, dict) else value)
+
+
+def _check_tensors(tree: Any, size: int) -> None:
+    """Raise ValueError for tensors that are larger than the memory they lie in, or that than the file's `size`."""
+    storages = {}
+    for tensor in _tensors(tree):
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise ValueError(f"it holds a tensor {list(tensor.shape)} that is sparse, quantised or without values")
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        if tensor.numel() * tensor.element_size() > storage.nbytes():
+            raise ValueError(f"it holds a tensor {list(tensor.shape)} with only {storage.nbytes()} bytes of values")
+    if sum(storages.values()) > size:
+        raise ValueError("its tensors are larger than the file")
+
+
+def check_weights(
+    model: nn.Module, state_dict: Dict[str, torch.Tensor], source: str = "the checkpoint", fresh: Sequence[str] = ()
+) -> Dict[str, torch.Tensor]:
+    """The part of a state dict that is a model's to load, by the model's names; arguments and errors as load_weights.
+
+    The model may be on the meta device: names and shapes alone are compared.
+    """
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
+    ):
+        raise CheckpointError(f"{source} holds {shown(state_dict)} for weights, expected tensors by name")
     fresh_keys = tuple(f"{name}." for name in fresh)
     state_dict = {clean_key(key): value for key, value in state_dict.items()}
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith(fresh_keys)}
@@ -118,10 +203,24 @@ def load_weights(
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit the model, {len(problems)} problems:\n  " + "\n  ".join(problems))
+    return state_dict
+
+
+def load_weights(
+    model: nn.Module, state_dict: Dict[str, torch.Tensor], source: str = "the checkpoint", fresh: Sequence[str] = ()
+) -> None:
+    """Copy a state dict into a FlexTok model; every key must fit. Modules named in `fresh` keep what they have.
+
+    A state dict without any `vae.` key is one that was saved without its VAE: the model keeps the VAE that it has.
+
+    Raises:
+        CheckpointError: With all missing and unexpected keys and wrong shapes. The model is left as it was.
+    """
+    state_dict = check_weights(model, state_dict, source, fresh)
     model.load_state_dict(state_dict, strict=False)
     if (
-        without_vae
-        and any(key.startswith("vae.") for key in expected)
+        not any(key.startswith("vae.") for key in state_dict)
+        and any(key.startswith("vae.") for key in model.state_dict())
         and getattr(model.vae, "hf_hub_path", None) is None
     ):
         log.warning(
@@ -134,16 +233,27 @@ def build_model(
 ) -> nn.Module:
     """The model of a config with the weights of a state dict, in evaluation mode on the CPU; `fresh` as load_weights.
 
-    The VAE's own weights are fetched (config key `vae.hf_hub_path`) only if the state dict does not hold them.
+    The VAE's own weights are fetched (config key `vae.hf_hub_path`) only if the state dict does not hold them. Before
+    anything of the config's sizes is allocated, the model is built without memory and compared with the state dict.
+
+    Raises:
+        ConfigError: The config cannot be built, or has more than MAX_PARAMETERS parameters.
+        CheckpointError: As load_weights.
     """
     from ..flextok_wrapper import FlexTokFromHub, flat_config
 
     config = flat_config(config)
-    vae = config["vae"]
+    vae, unloaded = config["vae"], config["vae"]
+    if str(vae.get("_target_")).endswith(".StableDiffusionVAE"):
+        unloaded = {**vae, "load_weights": False}
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        skeleton = FlexTokFromHub({**config, "vae": unloaded})
+    n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    if n_parameters > MAX_PARAMETERS:
+        raise ConfigError(f"{source}: the config asks for {n_parameters} parameters, more than {MAX_PARAMETERS}")
+    check_weights(skeleton, state_dict, source, fresh)
     has_vae = any(clean_key(key).startswith("vae.vae.") for key in state_dict)
-    if has_vae and str(vae.get("_target_")).endswith(".StableDiffusionVAE"):
-        vae = {**vae, "load_weights": False}
-    model = FlexTokFromHub({**config, "vae": vae})
+    model = FlexTokFromHub({**config, "vae": unloaded if has_vae else vae})
     model.config["vae"].pop("load_weights", None)
     load_weights(model, state_dict, source, fresh)
     return model.eval()

@@ -1,7 +1,7 @@
 """Register tokens that the encoder fills with what it sees."""
 
 import re
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -54,9 +54,9 @@ class Registers1D(nn.Module):
         nn.init.trunc_normal_(self.registers, std=0.02)
 
     @staticmethod
-    def _sizes(mode: str, n_min: int, n_max: int) -> list:
+    def _sizes(mode: str, n_min: int, n_max: int) -> Sequence[int]:
         if mode == "uniform":
-            return list(range(n_min, n_max + 1))
+            return range(n_min, n_max + 1)
         if mode == "powers_of_two":
             sizes = [1 << i for i in range(n_max.bit_length()) if n_min <= 1 << i <= n_max]
         elif re.fullmatch(r"k=\d+(-\d+)*", mode):

@@ -14,7 +14,6 @@ import warnings
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 from zipfile import BadZipFile
 
@@ -22,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...utils.checkpoint import load_pickled
+from ...utils.config import ConfigError
 from ...utils.dtypes import computes_bf16
 from ...utils.errors import UserError
 from ...utils.processes import load_one_process_first
@@ -164,6 +165,7 @@ def load_encoder(
     image_size: Optional[int] = None,
     revision: Optional[str] = None,
     dtype: torch.dtype = torch.float32,
+    trust: bool = False,
 ) -> FrozenEncoder:
     """Load a pretrained encoder by name, on the CPU.
 
@@ -179,12 +181,16 @@ def load_encoder(
         revision: Branch, tag or commit: of DINOv2's repository (default: any cached one, else `main`), or of a timm
             model's repository on the Hugging Face Hub (default: `main`, the cached one if there is one).
         dtype: What the encoder computes in.
+        trust: Whether the code in `repo` may be run (see `check_trust`).
 
     Raises:
         ValueError: For an unknown name, an image size that the encoder cannot take, or a setting it has no use for.
+        ConfigError: A `repo` whose code may not be run.
         EncoderUnavailable: If code or weights are neither here nor within reach.
     """
     facts, family = encoder_facts(encoder_type, image_size), _family(encoder_type)
+    if repo is not None and family is _DINOV2:
+        check_trust(repo, trust)
     model = load_one_process_first(lambda: family.load(encoder_type, facts.image_size, repo, weights, revision))
     return FrozenEncoder(
         encoder_type,
@@ -282,8 +288,8 @@ def read_weights(name: str, path: Path) -> Dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        state = load_pickled(path)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # CheckpointError is a RuntimeError
         raise EncoderUnavailable(f"{path}, the weights of {name}, cannot be read: copy it again ({error})") from error
     if not isinstance(state, dict):
         raise EncoderUnavailable(f"{path} does not hold the weights of {name}, but a {type(state).__name__}")
@@ -351,6 +357,21 @@ def _load_dinov2(
     return model
 
 
+def check_trust(repo: str, trust: bool) -> None:
+    """Raise ConfigError if there is a hubconf.py in the folder `repo` and it may not be run.
+
+    It may with `trust`, or if the folder is torch.hub's own copy of facebookresearch/dinov2.
+    """
+    folder = Path(repo).expanduser().resolve()
+    is_torch_hubs = folder.parent == hub_dir().resolve() and folder.name.startswith(_dinov2_folder_name(""))
+    if not trust and not is_torch_hubs and (folder / "hubconf.py").is_file():
+        raise ConfigError(
+            f"repa_encoder_repo is {repo}: loading the encoder runs {folder / 'hubconf.py'} and the Python code beside "
+            "it with all your rights, and only torch.hub's own copy of facebookresearch/dinov2 is trusted by itself. "
+            "If you know where that code comes from, set repa_encoder_trust: true"
+        )
+
+
 def hub_dir() -> Path:
     return Path(torch.hub.get_dir())
 
@@ -387,8 +408,8 @@ def _how_to_get_dinov2(name: str, problem: str, revision: Optional[str] = None) 
         f"  the folder with hubconf.py of https://github.com/{DINOV2_REPOSITORY}, "
         f"to {hub_dir() / _dinov2_folder_name(revision or 'main')}\n"
         f"  {url}, to {_dinov2_weights_file(name, revision)}\n"
-        "or keep them anywhere and name them in the YAML: repa_encoder_repo (the folder), repa_encoder_weights (the "
-        "file)."
+        "or keep them anywhere and name them in the YAML: repa_encoder_repo (the folder, with repa_encoder_trust: "
+        "true, as its code is run), repa_encoder_weights (the file)."
     )
 
 

@@ -114,7 +114,7 @@ class REPAModule(nn.Module):
         encoder_dim: Channels of the encoder as the caller believes them to be; checked. Default: ask the encoder.
         target_size: Grid (H, W) on which projections and targets are compared.
         image_size: Side in pixels of the encoder's input. Default: the encoder's own.
-        encoder_repo, encoder_weights, encoder_revision: See `load_encoder`.
+        encoder_repo, encoder_weights, encoder_revision, encoder_trust: See `load_encoder`.
         hidden_dim: Width of the projector.
         seed: Seed of the projector's initial weights.
         encoder: An encoder already loaded, images [B, 3, H, W] -> features [B, dim, gh, gw], with attributes `dim`
@@ -148,6 +148,7 @@ class REPAModule(nn.Module):
         projector: str = "mlp",
         project_when: str = "after_resize",
         spatial_norm: Optional[float] = None,
+        encoder_trust: bool = False,
     ):
         super().__init__()
         if len(target_size) != 2 or min(target_size) < 1:
@@ -166,8 +167,9 @@ class REPAModule(nn.Module):
         self.encoder = encoder
         if encoder is None:
             self._load = functools.partial(
-                load_encoder, encoder_type, encoder_repo, encoder_weights, image_size, encoder_revision, encoder_dtype
-            )
+                load_encoder, encoder_type, encoder_repo, encoder_weights, image_size, encoder_revision, encoder_dtype,
+                encoder_trust,
+            )  # fmt: skip
         self.decoder_dim, self.n_layers = decoder_dim, n_layers
         self.target_size, self.project_when, self.spatial_norm = tuple(target_size), project_when, spatial_norm
         # The first projector is the same however many follow.
