@@ -916,6 +916,8 @@ class FlexTokTrainer:
                     f"repa_stop is now {self.config.repa_stop}: set it back to continue"
                 )
             self._end_repa()
+        if self.use_repa:
+            self._load_projector(checkpoint, str(path))
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             optimizer_state = checkpoint["optimizer_state_dict"]
@@ -943,11 +945,9 @@ class FlexTokTrainer:
         if self.ema is not None:
             averages = checkpoint["ema_model_state_dict"] or checkpoint["model_state_dict"]
             self.ema.load_state_dict(check_weights(self.model, averages, f"{path} (averages)"))
-        if self.use_repa:
-            self._load_projector(checkpoint, str(path))
         self.best_val_loss = checkpoint["best_val_loss"]
         self.constant_losses = checkpoint["constant_losses"]
-        self.nonfinite_steps = checkpoint.get("nonfinite_steps", 0)
+        self.nonfinite_steps = int(checkpoint.get("nonfinite_steps", 0))
         self.wandb_id = checkpoint.get("wandb_id")
         torch.set_rng_state(checkpoint["random_state"])
 

@@ -101,11 +101,9 @@ def without_exchange(modules, compute):
 
 RUNS = {
     "ddp": dict(use_repa=False),
-    "ddp, REPA": dict(use_repa=True),
     "ddp, accumulated": dict(use_repa=True, batch_size=1),
     "ddp, checkpointing": dict(use_repa=True, gradient_checkpointing=True, use_ema=True),
     "fsdp": dict(use_repa=False, parallel="fsdp"),
-    "fsdp, REPA": dict(use_repa=True, parallel="fsdp"),
     "fsdp, accumulated": dict(use_repa=True, parallel="fsdp", batch_size=1),
     "fsdp, checkpointing": dict(use_repa=True, parallel="fsdp", gradient_checkpointing=True, use_ema=True),
     "no exchange": dict(use_repa=False),

@@ -78,7 +78,7 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(tmp_path, uni
     while kills < N_KILLS:
         run_dir = tmp_path / f"run-{run}"
         process = start(train, tmp_path, run_dir)
-        process.join(draw.uniform(0.1, 1.0) * uninterrupted[2])
+        process.join(draw.uniform(0.0, 0.8) * uninterrupted[2])
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             process.join()
@@ -340,37 +340,3 @@ def test_flags_come_a_step_late():
     assert late.exchange(torch.tensor([0.0, 1.0]), "second") == ([1.0, 0.0], "first")
     assert late.pop() == ([0.0, 1.0], "second")
     assert late.pop() is None
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
-def train_long(folder: Path) -> None:
-    """1000 steps with W&B offline, pictures and validation; prints the resident size at 300 and at the end."""
-    sizes = []
-    os.environ["WANDB_MODE"] = "offline"
-    original = train_flextok.FlexTokTrainer._train_step
-
-    def step(self, *arguments):
-        original(self, *arguments)
-        if self.global_step in (300, 1000):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            sizes.append(pages * resource.getpagesize() / 1e6)
-
-    train_flextok.FlexTokTrainer._train_step = step
-    torch.set_num_threads(1)
-    run_main(
-        folder, run_dir=folder / "run", max_steps=1000, num_epochs=50, photos_train_crops=400, use_wandb=True,
-        visualize_every=100, save_every_steps=0,
-    )  # fmt: skip
-    print(f"resident size at step 300: {sizes[0]:.0f} MB, at step 1000: {sizes[1]:.0f} MB")
-    (folder / "growth").write_text(str(sizes[1] - sizes[0]))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures the resident size as Linux tells it")
-def test_memory_does_not_grow_over_a_thousand_steps(tmp_path):
-    process = start(train_long, tmp_path)
-    process.join()
-    assert process.exitcode == 0
-    assert float((tmp_path / "growth").read_text()) < 30  # MB
