@@ -9,7 +9,6 @@ from typing import Any, Dict
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..flextok_wrapper import FlexTokFromHub
 from ..model.builder import PRESETS, preset_config
@@ -18,7 +17,7 @@ from ..model.utils.repa_encoders import encoder_facts
 from ..utils.modules import count_parameters
 from ..utils.random import RANDOM_KEY, BatchRandom
 from .timing import at_least_1
-from .train import IMG_SIZE
+from .train import IMG_SIZE, counted_flops
 
 IMAGENET = 1_281_167  # training images
 
@@ -53,7 +52,7 @@ def step_counts(preset: str, batch: int, checkpointing: bool) -> Dict[str, float
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
+            with torch.autocast("cpu", torch.bfloat16), counted_flops(model.encoder, model.decoder) as flops:
                 output = model(data_dict)
         del output
         parts = (model.encoder, model.decoder)
@@ -62,7 +61,7 @@ def step_counts(preset: str, batch: int, checkpointing: bool) -> Dict[str, float
             "trained": sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad),
             "frozen": count_parameters(model.vae),
             "block": max(blocks),
-            "flops": 3 * counter.get_total_flops(),
+            "flops": 3 * flops[0],
             "kept": sum(storage.nbytes() for storage in kept.values()),
         }
 

@@ -1,10 +1,11 @@
 """Training speed: seconds and images per second, share of the machine's matrix-product peak, peak memory."""
 
 import argparse
+import contextlib
 import multiprocessing
 import resource
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List
+from typing import Any, Callable, Dict, Iterable, Iterator, List
 
 import torch
 import torch.nn as nn
@@ -51,36 +52,42 @@ def latent_batch(trainer: FlexTokTrainer, batch_size: int) -> dict:
             "position": torch.arange(batch_size), "split": "train", "latents": moments * 0.5}  # fmt: skip
 
 
-def forward_flops(trainer: FlexTokTrainer) -> int:
-    """Operations of the model's forward pass on one image: its matrix products, counted while they run.
+@contextlib.contextmanager
+def counted_flops(*parts: nn.Module) -> Iterator[List[int]]:
+    """A list [n] whose n grows by the operations of the parts' forward passes: their matrix products.
 
     A linear layer takes 2 * inputs * outputs per token, attention 4 * queries * keys * width; what attention computes
     for the upper half of a causal square counts, recomputation and all else does not. With the gradients of inputs and
-    weights a training step takes three times as much.
+    weights a training step takes three times as much. (PyTorch's own counter does not know every attention kernel.)
     """
-    total = 0
+    total = [0]
 
     def linear(module: nn.Linear, args: tuple, output: torch.Tensor) -> None:
-        nonlocal total
-        total += 2 * output.numel() * module.in_features
+        total[0] += 2 * output.numel() * module.in_features
 
     def attention(module: Attention, args: tuple, output: torch.Tensor) -> None:
-        nonlocal total
         n, mask = output.shape[1], args[1] if len(args) > 1 else None
         n_prefix = 0 if mask is None else mask.n_prefix
-        total += 4 * output.shape[0] * output.shape[2] * (n_prefix**2 + (n - n_prefix) * n)
+        total[0] += 4 * output.shape[0] * output.shape[2] * (n_prefix**2 + (n - n_prefix) * n)
 
     hooks = [
         module.register_forward_hook(linear if isinstance(module, nn.Linear) else attention)
-        for part in (trainer.model.encoder, trainer.model.decoder)
+        for part in parts
         for module in part.modules()
         if isinstance(module, (nn.Linear, Attention))
     ]
-    with torch.no_grad():
+    try:
+        yield total
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def forward_flops(trainer: FlexTokTrainer) -> int:
+    """Operations of the model's forward pass on one image, counted while it runs."""
+    with torch.no_grad(), counted_flops(trainer.model.encoder, trainer.model.decoder) as total:
         trainer.compute_loss(latent_batch(trainer, 1))
-    for hook in hooks:
-        hook.remove()
-    return total
+    return total[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------- time
