@@ -63,7 +63,7 @@ from flextok.training.checkpoints import (
 )
 from flextok.training.config import TrainConfig, load_config, write_config
 from flextok.training.ema import EMA
-from flextok.training.guard import LateFlags, Stopped, StopRequest
+from flextok.training.guard import AskedToStop, LateFlags, Stopped, StopRequest
 from flextok.training.logs import MetricsLog
 from flextok.training.models import (
     build_repa_module,
@@ -168,7 +168,9 @@ class FlexTokTrainer:
         self.global_step = 0  # optimizer steps done
         self.best_val_loss = math.inf
         self.constant_losses: Optional[Dict[str, float]] = None
+        self.validation_due = False  # after the last step, but not done
         self.late_flags, self.stop_request = LateFlags(2, self.device), StopRequest()
+        self._saved: Optional[Tuple[int, bool]] = None  # step of the last checkpoint, and its validation_due
         self.nonfinite_steps, self.nonfinite_in_a_row = 0, 0
         self._restart_clock()
         self.wandb_id: Optional[str] = None
@@ -372,13 +374,18 @@ class FlexTokTrainer:
             if self.feature_cache is None or (self.global_step == 0 and self._cache_is_complete()):
                 self._log_constant_losses()
             with self.stop_request.listening():
-                while self.global_step < last_step:
-                    epoch = self.global_step // self.steps_per_epoch
-                    for window in self._windows(epoch, self.global_step % self.steps_per_epoch):
-                        self._train_step(window, epoch, progress)
-                        if self.global_step >= last_step:
-                            break
-            self._finish()
+                try:
+                    if self.validation_due:
+                        self._after_step()
+                    while self.global_step < last_step:
+                        epoch = self.global_step // self.steps_per_epoch
+                        for window in self._windows(epoch, self.global_step % self.steps_per_epoch):
+                            self._train_step(window, epoch, progress)
+                            if self.global_step >= last_step:
+                                break
+                    self._finish()
+                except AskedToStop:
+                    self._stop()
         finally:
             progress.close()
             try:
@@ -418,7 +425,7 @@ class FlexTokTrainer:
             except RuntimeError:  # the loading processes got the signal too
                 if self.stop_request.signum is None or world_size() > 1:
                     raise
-                self._stop(saved=False)
+                self._stop()
             self._seconds_waited += time.perf_counter() - start
             yield batch
             start = time.perf_counter()
@@ -484,22 +491,37 @@ class FlexTokTrainer:
             self._log_step(means, grad_norm, lr, repa_weight, epoch, progress)
         if self.repa_active and step >= (self.config.repa_stop or math.inf):
             self._end_repa()
+        if world_size() == 1:  # nobody else has to agree
+            stops = self.stop_request.signum is not None
+        self._after_step(stops, [path for b in window if isinstance(b, dict) for path in b.get("broken", ())])
+
+    def _after_step(self, stops: bool = False, broken: Sequence[str] = ()) -> None:
+        """Validate, save and draw where this step is one to do so after, and leave if a process was asked to stop.
+
+        A validation that a signal cuts short is due: the checkpoint says so, and the resumed run begins with it.
+
+        Args:
+            stops: Whether a process was asked to stop; the same in all.
+            broken: Files of the step that could not be read.
+        """
+        config, step = self.config, self.global_step
         end_of_epoch = step % self.steps_per_epoch == 0
+        epoch = step // self.steps_per_epoch
         validates = end_of_epoch or (config.val_every_steps and step % config.val_every_steps == 0)
         saves = end_of_epoch or (config.save_every_steps and step % config.save_every_steps == 0)
-        keeps = end_of_epoch and config.save_every and (epoch + 1) % config.save_every == 0
+        keeps = end_of_epoch and config.save_every and epoch % config.save_every == 0
+        self.validation_due = bool(validates and self.val_loader is not None)
         with self._clock_stopped():
             if validates or saves:
                 stops = self._note_flags(self.late_flags.pop()) or stops
                 self._flush_caches()
-                self._validate_and_save(validates, EPOCH.format(f"{epoch + 1:04d}") if keeps else None)
-            if config.visualize_every and step % config.visualize_every == 0:
+                if not stops:
+                    self._validate_and_save(EPOCH.format(f"{epoch:04d}") if keeps else None)
+            if config.visualize_every and step % config.visualize_every == 0 and not stops:
                 self.visualize()
-            self._note_broken(
-                [path for b in window if isinstance(b, dict) for path in b.get("broken", ())], self.broken_files
-            )
-            if stops or (world_size() == 1 and self.stop_request.signum is not None):
-                self._stop(saved=validates or saves)
+            self._note_broken(broken, self.broken_files)
+            if stops:
+                self._stop()
 
     def _note_flags(self, late: Optional[Tuple[List[float], Tuple[int, List]]]) -> bool:
         """Count a step that was skipped, and name its images; returns whether a process was asked to stop.
@@ -533,10 +555,21 @@ class FlexTokTrainer:
         paths = getattr(getattr(dataset, "dataset", dataset), "paths", None)
         return [str(paths[i]) if paths is not None else f"number {i}" for i in batch["index"].tolist()]
 
-    def _stop(self, saved: bool) -> None:
-        """Write a checkpoint, unless this step has, and leave."""
+    def _raise_if_asked_to_stop(self) -> None:
+        """Raise AskedToStop if any process was asked to; every process has to call this.
+
+        Between the batches of a validation, not between steps: with several processes it waits for the device.
+        """
+        asked = self.stop_request.signum is not None
+        if world_size() > 1:
+            asked = bool(largest(torch.tensor(float(asked), device=self.device)))
+        if asked:
+            raise AskedToStop
+
+    def _stop(self) -> None:
+        """Write a checkpoint, unless this step has one, and leave."""
         signum = next(signum for signum in gathered(self.stop_request.signum) if signum is not None)
-        if not saved:
+        if self._saved != (self.global_step, self.validation_due):
             self._flush_caches()
             self.save_checkpoint()
         raise Stopped(signum, f"stopped by {signal.Signals(signum).name} after step {self.global_step}: the checkpoint "
@@ -561,11 +594,12 @@ class FlexTokTrainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # once in a run: what the encoder took goes back to the device
 
-    def _validate_and_save(self, validates: bool = True, keep_as: Optional[str] = None) -> None:
-        """Write the latest checkpoint, after a validation if there is one; the best and kept ones are links to it."""
+    def _validate_and_save(self, keep_as: Optional[str] = None) -> None:
+        """Write the latest checkpoint, after a validation if one is due; the best and kept ones are links to it."""
         best = False
-        if validates and self.val_loader is not None:
+        if self.validation_due:
             flow_loss = self.validate()["val/flow_loss"]
+            self.validation_due = False
             best, self.best_val_loss = flow_loss < self.best_val_loss, min(flow_loss, self.best_val_loss)
         if self.feature_cache is not None and self.global_step % self.steps_per_epoch == 0:
             self._use_complete_cache()
@@ -576,7 +610,7 @@ class FlexTokTrainer:
                 link_checkpoint(folder / LATEST, folder / name)
             prune_checkpoints(folder, self.config.keep_last)
 
-    def _note_broken(self, paths: List[str], broken_files: BrokenFiles) -> None:
+    def _note_broken(self, paths: Sequence[str], broken_files: BrokenFiles) -> None:
         try:
             broken_files.add(paths)
         except TooManyBrokenFiles:
@@ -621,8 +655,8 @@ class FlexTokTrainer:
 
     def _finish(self) -> None:
         if self.global_step % self.steps_per_epoch:  # stopped in mid-epoch; `best` is left to the ends of epochs
-            self.validate()
             self.save_checkpoint()
+            self.validate()
         self.visualize()
         if isinstance(self.model, FlexTokFromHub):
             self.export()
@@ -712,6 +746,7 @@ class FlexTokTrainer:
         sampler = self.val_loader.batch_sampler
         with self._averaged_weights(), evaluating(self.model), self._uncompiled():
             for i, batch in enumerate(self._val_batches()):
+                self._raise_if_asked_to_stop()
                 size = batch_size(batch)
                 positions = torch.arange(n, n + size)
                 if world_size() > 1:  # of the i-th global batch this process has a part
@@ -731,10 +766,8 @@ class FlexTokTrainer:
         return metrics
 
     def _n_val_images(self) -> int:
-        """Images that all processes together validate on: none twice, and the same number in each."""
-        config, sampler, n = self.config, self.val_loader.batch_sampler, len(self.val_loader.dataset)
-        if world_size() > 1:
-            n = sampler.n_used
+        """Images that all processes together validate on, each once."""
+        config, n = self.config, len(self.val_loader.dataset)
         if config.max_val_batches is None:
             return n
         return min(n, config.max_val_batches * (config.val_batch_size or config.batch_size) * world_size())
@@ -801,6 +834,7 @@ class FlexTokTrainer:
             quants = encoded[model.regularizer.quants_write_key]
             noise = random.normal("picture", latents.shape[1:])
             for k in counts:
+                self._raise_if_asked_to_stop()
                 data_dict = {
                     model.pipeline.latents_read_key: quants,
                     model.pipeline.noise_read_key: noise,
@@ -845,6 +879,7 @@ class FlexTokTrainer:
             "best_val_loss": self.best_val_loss,
             "constant_losses": self.constant_losses,
             "nonfinite_steps": self.nonfinite_steps,
+            "validation_due": self.validation_due,
             "config": self.config.to_dict(),
             "data": self.data_identity,
             "random_state": torch.get_rng_state(),
@@ -855,6 +890,7 @@ class FlexTokTrainer:
             if self.metrics_log is not None:
                 self.metrics_log.sync()
             save_checkpoint(checkpoint, path)
+        self._saved = (self.global_step, self.validation_due)
         return path
 
     def load_checkpoint(self, path: Union[str, Path]) -> None:
@@ -948,6 +984,7 @@ class FlexTokTrainer:
         self.best_val_loss = checkpoint["best_val_loss"]
         self.constant_losses = checkpoint["constant_losses"]
         self.nonfinite_steps = int(checkpoint.get("nonfinite_steps", 0))
+        self.validation_due = bool(checkpoint.get("validation_due", False))
         self.wandb_id = checkpoint.get("wandb_id")
         torch.set_rng_state(checkpoint["random_state"])
 
@@ -1014,6 +1051,9 @@ def has_images(batch) -> bool:
 
 
 def batch_size(batch) -> int:
+    """Images of a batch that count."""
+    if isinstance(batch, dict) and batch.get("filler"):
+        return 0
     return len(batch_images(batch)) if has_images(batch) else len(batch["index"])
 
 

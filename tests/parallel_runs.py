@@ -1,5 +1,6 @@
 """Short trainings in one process or several, in fp64, for tests/test_parallel.py; torchrun runs this file."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -38,8 +39,12 @@ class InDouble(nn.Module):
 
 
 def build(run_dir: Path, **changes) -> train_flextok.FlexTokTrainer:
-    """A trainer of the tiny settings in fp64, with GLOBAL_BATCH images a step whatever the number of processes."""
+    """A trainer of the tiny settings in fp64, with GLOBAL_BATCH images a step whatever the number of processes.
+
+    The last steps of an epoch and of a validation have one image, for one of the processes.
+    """
     changes = dict(batch_size=GLOBAL_BATCH // world_size(), global_batch_size=GLOBAL_BATCH, num_epochs=8) | changes
+    changes |= dict(photos_train_crops=4 * GLOBAL_BATCH + 1, photos_val_crops=GLOBAL_BATCH + 1)
     config = TrainConfig.from_dict(settings(**changes))
     train_loader, val_loader = build_loaders(config, *build_datasets(config), CPU)
     model = load_model(config).double()
@@ -95,6 +100,35 @@ def train_briefly(run_dir: Path, steps: int = STEPS, resume: Path = None, **chan
     return dict(losses=losses, gradients=gradients, draws=draws, validation=validation, checkpoint=str(path))
 
 
+def step_that_one_process_spoils(run_dir: Path, **changes) -> dict:
+    """A step whose loss is NaN in the last process alone, between two that are good; what changed where in each."""
+    trainer = build(run_dir, use_ema=True, **changes)
+    original = trainer.compute_loss
+    spoiling = False
+
+    def compute_loss(*arguments):
+        losses = original(*arguments)
+        if spoiling and rank() == world_size() - 1:
+            losses["loss"] = losses["loss"] * float("nan")
+        return losses
+
+    def state() -> list:
+        values = [*trainer.trained_parameters, *trainer.ema.averages]
+        values += [value for state in trainer.optimizer.state.values() for value in state.values()]
+        return [parallel.local(value).detach().clone() for value in values]
+
+    trainer.compute_loss = compute_loss
+    flags, changed, before = [], [], []
+    for i, window in enumerate(itertools.islice(trainer._windows(0, 0), 3)):
+        spoiling = i == 1
+        flags.append(trainer.update(window)[2].tolist())
+        trainer.global_step += 1
+        after = state()
+        changed.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
+        before = after
+    return dict(flags=gathered(flags), changed=gathered(changed))
+
+
 def without_exchange(modules, compute):
     return parallel.Losses(modules, compute)
 
@@ -123,6 +157,9 @@ def main(folder: Path) -> None:
         results[f"{name}, resumed"] = train_briefly(
             folder / f"{name}, resumed", STEPS + 4, folder / "one" / "checkpoints" / "latest.pt", **RUNS[name]
         )
+    for name in ("ddp", "fsdp"):
+        spoiled = step_that_one_process_spoils(folder / f"{name}, spoiled", use_repa=True, parallel=name)
+        results[f"{name}, spoiled"] = spoiled
     if rank() == 0:
         torch.save(results, folder / "results.pt")
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+import train_flextok
 from flextok.data.images import (
+    FILLER,
     BrokenImage,
     ImageFolderDataset,
     image_to_tensor,
@@ -584,7 +586,7 @@ def addresses(**settings):
         sampler.set_state(epoch, 0)
         for batch in sampler:
             assert 0 < len(batch) <= settings["batch_size"]
-            for index, step, position in batch:
+            for index, step, position in batch if batch[0][2] != FILLER else ():
                 assert index not in found
                 found[index] = (step, position)
     return found
@@ -610,7 +612,7 @@ def test_without_shuffle_the_order_is_kept():
 @pytest.mark.parametrize(
     "batch_size, accumulation, world_size", [(6, 2, 1), (3, 4, 1), (6, 1, 2), (3, 2, 2), (2, 2, 3)]
 )
-@pytest.mark.parametrize("n_images", [48, 53, 59])
+@pytest.mark.parametrize("n_images", [1, 48, 49, 53, 59])
 def test_addresses_do_not_depend_on_how_the_global_batch_is_factored(n_images, batch_size, accumulation, world_size):
     reference = addresses(n_images=n_images, batch_size=12, epoch=3)
     found = addresses(
@@ -623,13 +625,14 @@ def test_addresses_do_not_depend_on_how_the_global_batch_is_factored(n_images, b
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_ranks_yield_equally_many_micro_batches_of_even_size(world_size, batch_size, accumulation):
-    for n_images in range(world_size, 64):
+    for n_images in range(1, 64):
         samplers = [
             GlobalBatchSampler(n_images, batch_size, accumulation, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         batches = [list(sampler) for sampler in samplers]
         first = samplers[0]
+        assert first.steps_per_epoch == -(-n_images // first.global_batch_size)
         assert {len(found) for found in batches} == {len(first)}
         counts = [first.micro_batches(step) for step in range(first.steps_per_epoch)]
         assert sum(counts) == len(first) and all(count == accumulation for count in counts[:-1])
@@ -637,20 +640,25 @@ def test_ranks_yield_equally_many_micro_batches_of_even_size(world_size, batch_s
         for step, count in enumerate(counts):
             window = [[batch for batch in found if batch[0][1] == step] for found in batches]
             assert {len(found) for found in window} == {count}
-            sizes = [len(batch) for found in window for batch in found]
-            assert 0 < min(sizes) and max(sizes) - min(sizes) <= 1 and max(sizes) <= batch_size
-            positions = [place for m in range(count) for found in window for _, _, place in found[m]]
+            real = [[[item for item in batch if item[2] != FILLER] for batch in found] for found in window]
+            assert all(real[r][m] or len(window[r][m]) == 1 for r in range(world_size) for m in range(count))
+            sizes = [len(batch) for found in real for batch in found]
+            assert max(sizes) - min(sizes) <= 1 and max(sizes) <= batch_size
+            positions = [place for m in range(count) for found in real for _, _, place in found[m]]
             assert positions == list(range(first.window_size(step)))
             taken += len(positions)
-        rest = n_images % first.global_batch_size
-        lost = rest % world_size if rest < world_size or batch_size == 1 else 0
-        assert taken == n_images - lost
+        assert taken == n_images
 
 
-def test_drop_last_leaves_out_the_incomplete_window():
-    sampler = GlobalBatchSampler(53, 6, accumulation=2, drop_last=True)
-    assert sampler.steps_per_epoch == 4 and len(sampler) == len(list(sampler)) == 8
-    assert len(addresses(n_images=53, batch_size=6, accumulation=2, drop_last=True)) == 48
+def test_a_filler_is_a_batch_that_counts_for_nothing(folder):
+    """Three images for two processes with one each: in the second step one has nothing left."""
+    dataset = ImageFolderDataset(list_images(folder)[:3], 8)
+    samplers = [GlobalBatchSampler(3, 1, rank=rank, world_size=2, shuffle=False) for rank in range(2)]
+    last = [build_loader(dataset, sampler, 0, "cpu") for sampler in samplers]
+    last = [list(loader)[-1] for loader in last]
+    assert sorted(batch["filler"] for batch in last) == [False, True]
+    assert sorted(train_flextok.batch_size(batch) for batch in last) == [0, 1]
+    assert all(len(batch["image"]) == 1 and batch["position"].tolist() == [0] for batch in last)
 
 
 @pytest.mark.parametrize("step_in_epoch", [0, 1, 4, 5])
@@ -670,10 +678,6 @@ def test_sampler_errors_give_the_numbers():
         GlobalBatchSampler(10, 0)
     with pytest.raises(ValueError, match="rank is 2: expected 0 to 1"):
         GlobalBatchSampler(10, 2, rank=2, world_size=2)
-    with pytest.raises(ValueError, match="3 images give no optimizer step: with world_size 4 .* at least 4"):
-        GlobalBatchSampler(3, 2, world_size=4)
-    with pytest.raises(ValueError, match="drop_last True, at least 8"):
-        GlobalBatchSampler(7, 8, drop_last=True)
     sampler = GlobalBatchSampler(10, 2)
     with pytest.raises(ValueError, match="step_in_epoch is 6.*0 to 5"):
         sampler.set_state(0, 6)

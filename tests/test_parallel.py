@@ -124,6 +124,13 @@ def test_checkpoints_have_the_format_of_one_process(runs, name):
     assert len(differences) > 100 and max(differences) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["ddp, spoiled", "fsdp, spoiled"])
+def test_a_step_that_is_not_finite_in_one_process_changes_nothing_in_any(runs, name):
+    _, two = runs
+    assert two[name]["flags"] == [[[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]] * 2
+    assert two[name]["changed"] == [[True, False, True]] * 2
+
+
 @pytest.mark.parametrize("name", ["ddp, checkpointing, resumed", "fsdp, checkpointing, resumed"])
 def test_a_checkpoint_of_one_process_goes_on_in_two(runs, name):
     one, two = runs

@@ -1,5 +1,6 @@
 """What a run survives: kills at any moment, signals, a full disk, damaged checkpoints, steps that are not finite."""
 
+import io
 import math
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_
 
 import train_flextok
 from flextok.training import checkpoints
-from flextok.training.guard import LateFlags
+from flextok.training.guard import LateFlags, Stopped
 from flextok.utils.checkpoint import CheckpointError
 from flextok.utils.errors import UserError
 
@@ -174,6 +175,46 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, uninte
     assert steps == list(range(1, step + 3))
 
 
+def train_and_be_asked_to_stop(folder: Path, run_dir: Path, step: int, where: str) -> None:
+    """SIGTERM comes while the validation after a step computes a loss, or while its picture is sampled."""
+    trainer_class = train_flextok.FlexTokTrainer
+    compute_loss, decode = trainer_class.compute_loss, train_flextok.FlexTokFromHub.decode
+
+    def validation_loss(self, *arguments):
+        if where == "validation" and not self.model.training and self.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute_loss(self, *arguments)
+
+    def picture(self, *arguments, **settings):
+        if where == "picture":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return decode(self, *arguments, **settings)
+
+    trainer_class.compute_loss, train_flextok.FlexTokFromHub.decode = validation_loss, picture
+    try:
+        train(folder, run_dir)
+    except Stopped as stopped:
+        (folder / "message").write_text(str(stopped))
+        sys.exit(stopped.exit_code)
+
+
+@pytest.mark.parametrize("step, where", [(12, "validation"), (LAST_STEP, "validation"), (LAST_STEP, "picture")])
+def test_a_signal_in_a_validation_or_picture_is_heard_at_once(tmp_path, uninterrupted, step, where):
+    run_dir = tmp_path / "run"
+    process = start(train_and_be_asked_to_stop, tmp_path, run_dir, step, where)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert f"stopped by SIGTERM after step {step}" in (tmp_path / "message").read_text()
+    checkpoint = read_latest(run_dir)
+    assert checkpoint["global_step"] == step and checkpoint["validation_due"] == (where == "validation")
+    last = read_metrics(run_dir)[-1]
+    assert last["step"] == step and ("val/loss" in last) == (where == "picture")
+    process = start(train, tmp_path, run_dir)
+    process.join()
+    assert process.exitcode == 0
+    assert_as_uninterrupted(run_dir, uninterrupted)
+
+
 # --------------------------------------------------------------------------------- full disks, damaged checkpoints
 
 
@@ -247,7 +288,35 @@ def test_the_checkpoint_before_is_used_with_a_warning_and_others_never(tmp_path,
         checkpoints.readable_checkpoint(named)  # a file that was asked for by name is not replaced by another
 
 
-def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
+def save_as_nobody(run_dir: Path, may_enter: bool) -> None:
+    """Try to write a checkpoint where it is not allowed; root has to become someone else for that."""
+    if may_enter:  # by a relative path: the folders above are not for others
+        os.chdir(run_dir)
+    trainer = make_trainer(Path(".") if may_enter else run_dir, use_repa=False)
+    run_dir.chmod(0o555)
+    (run_dir / "checkpoints").chmod(0o555 if may_enter else 0o000)
+    torch.save({}, io.BytesIO())  # imports what it needs while that may be read
+    if os.getuid() == 0:
+        os.setuid(65534)
+    try:
+        trainer.save_checkpoint()
+    except UserError as error:
+        sys.exit(3 if "cannot write" in str(error) and "Permission denied" in str(error) else 4)
+
+
+@pytest.mark.parametrize("may_enter", [True, False])
+def test_a_folder_that_is_not_for_writing_is_a_clear_error_and_keeps_what_it_holds(tmp_path, may_enter):
+    path = make_trainer(tmp_path, use_repa=False).save_checkpoint()
+    before = path.read_bytes()
+    process = start(save_as_nobody, tmp_path, may_enter)
+    process.join()
+    for folder in (path.parent, tmp_path):
+        folder.chmod(0o755)
+    assert process.exitcode == 3
+    assert [file.name for file in path.parent.iterdir()] == ["latest.pt"] and path.read_bytes() == before
+
+
+def test_a_file_where_the_run_folder_should_be_is_a_clear_error(tmp_path):
     (tmp_path / "run").write_text("a file where the folder should be")
     trainer = make_trainer(tmp_path / "run", use_repa=False)
     with pytest.raises(UserError, match="cannot write .*latest.pt: .* GB free"):

@@ -28,6 +28,7 @@ CELEBAHQ_SIZE = 30_000
 
 # An image by its index, or (index, optimizer step, position in the global batch of that step).
 Item = Union[int, tuple[int, int, int]]
+FILLER = -1  # position of an image that only keeps a process in step with the others
 
 
 class NoReadableImage(UserError, RuntimeError):
@@ -243,13 +244,15 @@ def collate(items: Sequence[dict]) -> dict:
 
     Returns:
         `image` float32 [B, 3, S, S] if the items have images, `index` and `position` long [B], `flip` bool [B],
-        `broken` list of paths.
+        `broken` list of paths, `filler`: whether the batch counts for nothing.
     """
+    filler = items[0]["position"] == FILLER
     batch = {
         "index": torch.tensor([item["index"] for item in items]),
-        "position": torch.tensor([item["position"] for item in items]),
+        "position": torch.tensor([0 if filler else item["position"] for item in items]),
         "flip": torch.tensor([item["flip"] for item in items]),
         "broken": [path for item in items for path in item["broken"]],
+        "filler": filler,
     }
     if "image" in items[0]:
         batch["image"] = torch.stack([item["image"] for item in items])

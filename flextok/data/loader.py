@@ -13,7 +13,7 @@ from ..utils.errors import UserError
 from ..utils.processes import rank, world_size
 from ..utils.random import generator
 from .caching import CachedDataset
-from .images import ImageFolderDataset, collate, list_images, split_paths
+from .images import FILLER, ImageFolderDataset, collate, list_images, split_paths
 from .photos import PhotoCrops
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,13 @@ class GlobalBatchSampler(Sampler):
     One optimizer step takes a window of G = batch_size * accumulation * world_size images of the epoch's permutation.
     A window is divided contiguously, first into micro-batches, then into ranks, so the addresses depend on G alone and
     not on how it is factored. The last window of an epoch may be smaller; it is divided as evenly as possible into
-    the fewest micro-batches that hold it, of the same number on every rank. With one rank no image is lost. With
-    several, images are left out only where some rank would get an empty micro-batch: a window smaller than
-    `world_size`, or, with batch_size 1, the remainder of the last window after division by `world_size`.
+    the fewest micro-batches that hold it, of the same number on every rank. No image is left out, and none comes
+    twice: a rank for which none is left in the last window gets an image as a filler, which keeps it in step with the
+    others and counts for nothing.
 
     Iterating yields this rank's micro-batches, each a list of (index, step, position), from the place given by
-    `set_state`. It does not advance the epoch: call `set_state(epoch, 0)` before each.
+    `set_state`; a filler is one image at the position FILLER. It does not advance the epoch: call
+    `set_state(epoch, 0)` before each.
 
     Args:
         n_images: Images in the dataset.
@@ -41,7 +42,6 @@ class GlobalBatchSampler(Sampler):
         shuffle: Permute the images in each epoch, by (seed, epoch); else in order.
         seed: The run's seed.
         rank: This process, of `world_size`.
-        drop_last: Leave out an incomplete last window.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class GlobalBatchSampler(Sampler):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        drop_last: bool = False,
     ):
         if min(n_images, batch_size, accumulation, world_size) < 1:
             raise ValueError(
@@ -67,16 +66,7 @@ class GlobalBatchSampler(Sampler):
         self.global_batch_size = batch_size * accumulation * world_size
         self.epoch, self.step_in_epoch = 0, 0
 
-        full, rest = divmod(n_images, self.global_batch_size)
-        if rest < self._parts(rest):
-            rest -= rest % world_size
-        self._last_window = 0 if drop_last else rest
-        self.steps_per_epoch = full + (self._last_window > 0)
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"{n_images} images give no optimizer step: with world_size {world_size} and drop_last {drop_last}, "
-                f"at least {self.global_batch_size if drop_last else world_size} are needed"
-            )
+        self.steps_per_epoch = math.ceil(n_images / self.global_batch_size)
 
     def _parts(self, window_size: int) -> int:
         """Micro-batches of all ranks together in a window."""
@@ -86,13 +76,7 @@ class GlobalBatchSampler(Sampler):
         """Images in the global batch of a step."""
         if not 0 <= step_in_epoch < self.steps_per_epoch:
             raise IndexError(f"step_in_epoch is {step_in_epoch}: an epoch has {self.steps_per_epoch} steps, from 0")
-        is_last = step_in_epoch == self.steps_per_epoch - 1
-        return self._last_window if is_last and self._last_window else self.global_batch_size
-
-    @property
-    def n_used(self) -> int:
-        """Images of an epoch that some rank gets."""
-        return (self.steps_per_epoch - 1) * self.global_batch_size + self.window_size(self.steps_per_epoch - 1)
+        return min(self.global_batch_size, self.n_images - step_in_epoch * self.global_batch_size)
 
     def micro_batches(self, step_in_epoch: int) -> int:
         """Micro-batches in a step, the same number on every rank."""
@@ -123,7 +107,8 @@ class GlobalBatchSampler(Sampler):
             parts = self._parts(size)
             for part in range(self.rank, parts, self.world_size):
                 positions = range(part * size // parts, (part + 1) * size // parts)
-                yield [(order[start + position], step, position) for position in positions]
+                batch = [(order[start + position], step, position) for position in positions]
+                yield batch or [(order[start], step, FILLER)]
 
 
 def _outlive_stop_signals(worker_id: int) -> None:

@@ -56,7 +56,7 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: torch.save(checkpoint, temporary), keep_previous)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
-        free = next((shutil.disk_usage(folder).free for folder in path.parents if folder.exists()), 0)
+        free = next((shutil.disk_usage(folder).free for folder in path.parents if os.path.exists(folder)), 0)
         raise UserError(
             f"cannot write {path}: {error}. The disk has {free / 1e9:.1f} GB free. Checkpoints that are there are as "
             "they were: make room, then go on with --resume latest"

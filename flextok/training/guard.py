@@ -8,6 +8,10 @@ from typing import Any, List, Optional, Tuple
 import torch
 
 
+class AskedToStop(Exception):
+    """A signal asked the run to stop in the midst of a validation or a picture, which may be left undone."""
+
+
 class Stopped(Exception):
     """A signal asked the run to stop, and it has written a checkpoint; `exit_code` is 128 plus the signal's number."""
 
