@@ -10,7 +10,7 @@ import torch
 from ..utils.devices import chosen_device
 from ..utils.dtypes import DTYPES, computes_bf16
 from ..utils.errors import run_command
-from . import data, repa, sample, scale, startup, train
+from . import data, processes, repa, sample, scale, startup, train
 from .timing import at_least_1
 
 BENCHMARKS = {
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "sample": (sample, "sampling with guidance, against the decoder passes that it takes"),
     "data": (data, "image loading: JPEGs to tensors on one core, against Pillow and torchvision"),
     "startup": (startup, "start-up: --help, and the first step of the quick start, in fresh processes"),
+    "processes": (processes, "several processes: training with DDP and FSDP against one process"),
     "scale": (scale, "many GPUs: what training takes, counted, not measured"),
     "repa": (repa, "REPA: step time online and from the cache, memory, checkpoint and cache sizes"),
 }

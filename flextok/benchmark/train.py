@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from train_flextok import FlexTokTrainer
 
+from ..data.loader import GlobalBatchSampler
 from ..flextok_wrapper import FlexTokFromHub
 from ..model.builder import preset_config
 from ..model.layers.attention import Attention
 from ..utils.dtypes import name_of
+from ..utils.processes import rank, world_size
 from .timing import alternate, matmul_arm, ratio, report_ratios, report_seconds, spread
 
 IMG_SIZE = 256
@@ -38,7 +40,8 @@ def build_trainer(preset: str, device: torch.device, **settings) -> FlexTokTrain
     with torch.random.fork_rng(devices=[]):
         model = FlexTokFromHub(preset_config(preset, vae_hub_path=None))
     images = TensorDataset(torch.zeros(100_000, 1).expand(-1, 3)[:, :, None, None])
-    trainer = FlexTokTrainer(config, model, DataLoader(images, config.get("batch_size", 1)), None, device)
+    sampler = GlobalBatchSampler(len(images), config.get("batch_size", 1), rank=rank(), world_size=world_size())
+    trainer = FlexTokTrainer(config, model, DataLoader(images, batch_sampler=sampler), None, device)
     trainer.latent_cache = lambda batch, images, device: batch["latents"].to(device)
     return trainer
 
@@ -229,25 +232,27 @@ def _send_memory(connection, *arguments) -> None:
     connection.send(memory_of_a_step(*arguments))
 
 
-def in_a_process_of_its_own(target: Callable, *arguments) -> Any:
-    """What `target` sends through the connection that it gets first, run in a fresh process: peaks are its alone."""
+def in_fresh_processes(target: Callable, arguments: List[tuple]) -> Any:
+    """What one of the processes that run `target(connection, *arguments[i])` sends, None if none does (killed)."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(sender, *arguments))
-    process.start()
+    processes = [context.Process(target=target, args=(sender, *own)) for own in arguments]
+    for process in processes:
+        process.start()
     sender.close()
     try:
         return receiver.recv()
     except EOFError:
-        return None  # killed: out of memory
+        return None
     finally:
-        process.join()
+        for process in processes:
+            process.join()
 
 
 def report_memory(preset: str, batch_size: int, device: torch.device) -> Dict[str, dict]:
     result = {}
     for name, checkpointing, limit in (("fp32", False, 13e9), ("fp32, gradient checkpointing", True, 7e9)):
-        parts = in_a_process_of_its_own(_send_memory, preset, batch_size, device, checkpointing)
+        parts = in_fresh_processes(_send_memory, [(preset, batch_size, device, checkpointing)])
         result[name] = parts
         if parts is None:
             print(f"\npeak memory, {name}, batch {batch_size}: more than this machine has")

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,7 +40,7 @@ def shard(parts: List[nn.Module], device: torch.device, dtype: Optional[torch.dt
     A unit's parameters are gathered when it runs, in `dtype` if given, and its gradients averaged in fp32.
 
     Raises:
-        ConfigError: Before version 2.6 PyTorch has no `fully_shard`; fp16 would need a scaler that knows of shards.
+        ConfigError: fp16, which would need a scaler that knows of shards.
     """
     if not is_distributed():
         return
@@ -47,8 +48,6 @@ def shard(parts: List[nn.Module], device: torch.device, dtype: Optional[torch.dt
         raise ConfigError(
             "parallel: fsdp computes in bf16, which this device does not have: set use_amp: false, or ddp"
         )
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     mesh = init_device_mesh(device.type, (world_size(),))
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     policy = whole

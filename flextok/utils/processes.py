@@ -2,7 +2,9 @@
 
 import contextlib
 import datetime
+import functools
 import os
+import time
 from typing import Any, Callable, Iterator, TypeVar
 
 import torch
@@ -38,7 +40,17 @@ def joined(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        # Gloo's thread drops the tensors of the last exchange when it gets the interpreter's lock, which older versions
+        # of PyTorch hold while they wait for the thread to end: give it a moment.
+        time.sleep(0.1)
         dist.destroy_process_group()
+        _loading_group.cache_clear()
+
+
+@functools.cache
+def _loading_group() -> dist.ProcessGroup:
+    """A group of all processes whose exchanges may outlast the timeout of the training backend: for downloads."""
+    return dist.new_group(backend="gloo", timeout=LOAD_TIMEOUT)
 
 
 def from_first(function: Callable[[], T]) -> T:
@@ -92,8 +104,6 @@ def load_one_process_first(load: Callable[[], T]) -> T:
     if not is_distributed():
         return load()
     is_first = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
-    # A group of its own: a download may outlast the timeout of the training backend, and needs no accelerator.
-    group = dist.new_group(backend="gloo", timeout=LOAD_TIMEOUT)
     result, error = None, None
     for is_turn_of_first in (True, False):
         if is_first == is_turn_of_first:
@@ -102,10 +112,9 @@ def load_one_process_first(load: Callable[[], T]) -> T:
             except Exception as exception:
                 error = exception
         failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}", group=group)
+        dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}", _loading_group())
         if any(failures):
             break
-    dist.destroy_process_group(group)
     if error is not None:
         raise error
     for i, failure in enumerate(failures):

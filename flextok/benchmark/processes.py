@@ -1,0 +1,97 @@
+"""Training in several processes, DDP and FSDP, against one process: fresh processes in each round.
+
+On a CPU one process has all threads and the several share them and the batch, so that the work is the same and a ratio
+above 1 is what the exchange of gradients costs. On GPUs each process has one, with a batch of its own.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import time
+from typing import Dict, List
+
+import torch
+
+from ..utils.devices import chosen_device
+from ..utils.dtypes import name_of
+from ..utils.errors import UserError
+from ..utils.processes import joined, rank
+from .timing import at_least_1, ratio, report_ratios, report_seconds, synchronize
+from .train import IMG_SIZE, build_trainer, in_fresh_processes, step_arm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="d12-d12", help="model: d12-d12, d18-d18 or d18-d28 (default: %(default)s)")
+    parser.add_argument("--processes", type=at_least_1, metavar="N", help="at least 2 (default: all GPUs; 2 on a CPU)")
+    parser.add_argument("--steps", type=at_least_1, default=3, metavar="N", help="steps a round (default: 3)")
+    parser.add_argument("--parallel", nargs="+", choices=("ddp", "fsdp"), default=["ddp", "fsdp"], help="(default: all)")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def send_step_seconds(
+    connection, process: int, n: int, port: int, threads: int, device: str, dtype: torch.dtype, settings: dict,
+    steps: int,
+) -> None:  # fmt: skip
+    """Be process `process` of n, train for some steps after a first one, and send how long each took."""
+    if n > 1:
+        place = dict(RANK=process, LOCAL_RANK=process, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(threads)
+    device = chosen_device(device)
+    with joined(device):
+        trainer = build_trainer(device=device, use_amp=dtype != torch.float32, **settings)
+        step, seconds = step_arm(trainer, settings["batch_size"], dtype), []
+        for _ in range(1 + steps):
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            trainer.global_step += 1
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        if rank() == 0:
+            connection.send(seconds[1:])
+
+
+def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
+    """All measurements as plain numbers; prints them."""
+    on_cpu = device.type == "cpu"
+    n = arguments.processes or (2 if on_cpu else torch.cuda.device_count())
+    if n < 2:
+        raise UserError("there is one GPU: with --device cpu two processes share the processor")
+    threads = torch.get_num_threads()
+    arms: Dict[str, tuple] = {}  # name: (processes, settings)
+    for images in arguments.batch_sizes:
+        if on_cpu and images % n:
+            raise UserError(f"a batch of {images} cannot be shared by {n} processes: give multiples of {n}")
+        arms[f"1 process, batch {images}"] = (1, dict(batch_size=images))
+        for parallel in arguments.parallel:
+            share = images // n if on_cpu else images
+            arms[f"{n} processes, {parallel}, batch {n} x {share}"] = (n, dict(batch_size=share, parallel=parallel))
+
+    def seconds(processes: int, settings: dict) -> float:
+        port, own = free_port(), max(1, threads // processes)
+        common = (processes, port, own, device.type, dtype, dict(settings, preset=arguments.preset), arguments.steps)
+        steps = in_fresh_processes(send_step_seconds, [(i, *common) for i in range(processes)])
+        if steps is None:
+            raise UserError(f"{processes} processes with {settings} ended early: out of memory, or see above")
+        return statistics.median(steps)
+
+    times: Dict[str, List[float]] = {name: [] for name in arms}
+    for _ in range(arguments.rounds):
+        for name, arm in arms.items():
+            times[name].append(seconds(*arm))
+    print(f"\n{arguments.preset}, {IMG_SIZE} px, {name_of(dtype)}, latents given; {threads} threads in all")
+    report_seconds(times, f"seconds a step (median of {arguments.steps} in each round)")
+    rows, one = [], None
+    for name, values in times.items():
+        if name.startswith("1 process,"):
+            one = name
+        else:
+            rows.append((f"{name} / {one}", ratio(values, times[one]), None))
+    return {"processes": n, "threads": threads, "seconds": times, "ratios": report_ratios(rows)}
