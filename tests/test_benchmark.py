@@ -1,6 +1,7 @@
 """The benchmark's own arithmetic; no test depends on how long anything takes."""
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ from tiny_runs import settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flextok.benchmark import repa, sample, scale, timing, train
-from flextok.benchmark.__main__ import BENCHMARKS
+from flextok.benchmark import processes, repa, sample, scale, timing, train
+from flextok.benchmark.__main__ import BENCHMARKS, main
 from flextok.model.utils.repa_encoders import load_encoder
+from flextok.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -51,12 +53,16 @@ def test_what_autograd_keeps_is_counted_once_and_without_parameters():
     assert train.kept_for_backward(lambda: torch.nn.functional.silu(x @ weight), [weight]) == 2 * 4 * 8 * 4
 
 
+def make_tiny(set_attribute):
+    set_attribute(train, "IMG_SIZE", 64)
+    model = {**settings()["model"], "vae": "stable_diffusion", "patch_size": 2, "latent_channels": 4}
+    set_attribute(train, "preset_config", lambda preset, **kwargs: _config(model))
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """The benchmarks' model is a tiny one, for images of 64 px."""
-    monkeypatch.setattr(train, "IMG_SIZE", 64)
-    model = {**settings()["model"], "vae": "stable_diffusion", "patch_size": 2, "latent_channels": 4}
-    monkeypatch.setattr(train, "preset_config", lambda preset, **kwargs: _config(model))
+    make_tiny(monkeypatch.setattr)
 
 
 def test_operations_of_a_step_are_those_that_torch_counts(tiny):
@@ -141,6 +147,20 @@ def test_help_lists_the_benchmarks():
     assert result.returncode == 0 and all(option in result.stdout for option in ("--batch-sizes", "--dtype", "--json"))
 
 
+def test_numbers_are_written_and_without_a_name_all_benchmarks_run(tmp_path, monkeypatch, capsys):
+    ran = []
+    for name, (module, _) in BENCHMARKS.items():
+        monkeypatch.setattr(module, "run", lambda *arguments, name=name: ran.append(name) or {"answer": (1.0, 2.0)})
+    monkeypatch.chdir(tmp_path)
+    main(["train", "--device", "cpu", "--json", "elsewhere/numbers.json"])
+    numbers = json.loads((tmp_path / "elsewhere" / "numbers.json").read_text())
+    assert numbers["benchmark"] == "train" and numbers["answer"] == [1.0, 2.0] and numbers["torch"] == torch.__version__
+    main([])
+    assert ran == ["train", *BENCHMARKS]
+    assert {path.stem for path in (tmp_path / "benchmark").iterdir()} == set(BENCHMARKS)
+    assert "all numbers: benchmark/train.json" in capsys.readouterr().out
+
+
 def test_an_unknown_device_is_one_line():
     result = benchmark("repa", "--device", "tpu")
     assert result.returncode == 1 and result.stderr.strip() == "error: --device is 'tpu', expected cpu, cuda or cuda:N"
@@ -159,6 +179,48 @@ def test_the_sampling_benchmark_compares_with_decoder_passes(capsys, monkeypatch
     assert set(result["ratios"]) == {f"{name} / decoder passes, batch {n}" for name in ("APG", "CFG") for n in (1, 2)}
     assert all(len(seconds) == 2 for seconds in result["seconds"].values())
     assert "at most 1.05" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_sizes, n", [([3], 2), ([4], 3)])
+def test_the_processes_benchmark_wants_batches_that_can_be_shared(batch_sizes, n):
+    arguments = argparse.Namespace(processes=n, batch_sizes=batch_sizes, parallel=["ddp"])
+    with pytest.raises(UserError, match=f"a batch of {batch_sizes[0]} cannot be shared by {n} processes"):
+        processes.run(arguments, CPU, torch.float32)
+
+
+def test_the_processes_benchmark_compares_shares_of_a_batch_with_all_of_it(monkeypatch, capsys):
+    calls = []
+
+    def in_fresh_processes(target, arguments):
+        assert target is processes.send_step_seconds
+        (_, n, _, threads, *_, settings, steps), *_ = arguments
+        calls.append((len(arguments), n, threads, settings["batch_size"], settings.get("parallel")))
+        return [3.0, 1.0, 2.0] if n == 1 else [8.0, 4.0, 3.0]
+
+    monkeypatch.setattr(processes, "in_fresh_processes", in_fresh_processes)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    arguments = argparse.Namespace(
+        processes=2, batch_sizes=[4], parallel=["ddp", "fsdp"], rounds=2, steps=3, preset="d12-d12"
+    )
+    result = processes.run(arguments, CPU, torch.float32)
+    assert calls == [(1, 1, 4, 4, None), (2, 2, 2, 2, "ddp"), (2, 2, 2, 2, "fsdp")] * 2
+    assert set(result["ratios"].values()) == {(2.0, 2.0, 2.0)} and len(result["ratios"]) == 2
+    monkeypatch.setattr(processes, "in_fresh_processes", lambda *_: None)
+    with pytest.raises(UserError, match="ended early"):
+        processes.run(arguments, CPU, torch.float32)
+
+
+def send_tiny_step_seconds(connection, *arguments):
+    make_tiny(setattr)
+    processes.send_step_seconds(connection, *arguments)
+
+
+@pytest.mark.slow
+def test_steps_are_timed_in_processes_that_exchange_gradients():
+    settings = dict(batch_size=1, preset="d12-d12", parallel="ddp")
+    common = (2, processes.free_port(), 1, "cpu", torch.float32, settings, 2)
+    seconds = train.in_fresh_processes(send_tiny_step_seconds, [(i, *common) for i in range(2)])
+    assert len(seconds) == 2 and min(seconds) > 0
 
 
 def test_scale_counts_what_a_real_step_takes(tiny, capsys, monkeypatch):

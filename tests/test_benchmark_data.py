@@ -8,8 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tiny_runs import settings
+
 from flextok.benchmark import data, startup
+from flextok.model.builder import build_config
 from flextok.utils.errors import UserError
+from flextok.vae_wrapper import StableDiffusionVAE
 
 CPU = torch.device("cpu")
 
@@ -23,7 +27,7 @@ def arguments(module, *options):
 
 def test_both_ways_of_loading_give_nearly_the_same_images(capsys):
     threads = torch.get_num_threads()
-    options = ("--source-size", "128", "--image-size", "32", "--files", "2", "--rounds", "2")
+    options = ("--source-size", "128", "--image-size", "32", "--files", "2", "--rounds", "2", "--wait-steps", "0")
     result = data.run(arguments(data, *options), CPU, torch.float32)
     assert torch.get_num_threads() == threads
     assert {name: len(rates) for name, rates in result["images_per_second"].items()} == {"plain": 2, "ours": 2}
@@ -33,6 +37,17 @@ def test_both_ways_of_loading_give_nearly_the_same_images(capsys):
     assert difference["mean"] < difference["maximum"] < 30
     printed = capsys.readouterr().out
     assert "ours / plain" in printed and "mean absolute" in printed
+
+
+def test_waiting_is_measured_in_an_epoch_that_fills_the_cache_and_one_that_reads_it(monkeypatch):
+    model = {**settings()["model"], "vae": "stable_diffusion", "patch_size": 2, "latent_channels": 4}
+    monkeypatch.setattr(data, "preset_config", lambda preset, **_: build_config(img_size=64, vae_hub_path=None, **model))
+    encoded, moments = [], StableDiffusionVAE.moments
+    monkeypatch.setattr(StableDiffusionVAE, "moments", lambda vae, x: encoded.append(len(x)) or moments(vae, x))
+    options = arguments(data, "--source-size", "96", "--image-size", "64", "--wait-steps", "2")
+    shares = data.waiting(options, 3, CPU, torch.float32)
+    assert len(shares) == 2 and all(0 <= share <= 1 for share in shares)
+    assert encoded == [3, 3] * 2  # two batches, mirrored and not, in the first epoch alone
 
 
 def test_default_sizes_are_those_of_the_target():

@@ -13,6 +13,7 @@ import yaml
 from parallel_runs import RUNS, STEPS, train_briefly
 from tiny_runs import make_trainer, read_latest, read_metrics, settings
 
+from flextok.benchmark.processes import free_port
 from flextok.training.config import TrainConfig
 from flextok.utils.checkpoint import CheckpointError
 from flextok.utils.config import ConfigError
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.slow
 EQUAL = [name for name in RUNS if not name.startswith("no exchange")]
 
 
-def torchrun(*arguments, n: int = 2, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+def torchrun(*arguments, nodes=("--standalone", "--nproc-per-node", "2"), **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     environment["TOKENIZERS_PARALLELISM"] = "false"
     return subprocess.Popen(
@@ -154,8 +155,9 @@ def write_config(folder: Path, **changes) -> Path:
     return file
 
 
-def launch(file: Path, *options) -> subprocess.Popen:
-    return torchrun("train_flextok.py", "--config", file, "--device", "cpu", "--run-dir", file.parent / "run", *options)
+def launch(file: Path, *options, **nodes) -> subprocess.Popen:
+    arguments = ["--config", file, "--device", "cpu", "--run-dir", file.parent / "run", *options]
+    return torchrun("train_flextok.py", *arguments, **nodes)
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
@@ -182,6 +184,17 @@ def test_torchrun_trains_and_one_process_goes_on(tmp_path, parallel):
     subprocess.run([sys.executable, "train_flextok.py", *map(str, options + single)], cwd=ROOT, check=True)
     steps = [record["step"] for record in read_metrics(tmp_path / "run") if "train/loss" in record]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_nodes_with_a_process_each_are_one_job(tmp_path):
+    file = write_config(tmp_path)
+    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test"]
+    nodes += ["--rdzv-endpoint", f"localhost:{free_port()}"]
+    both = [launch(file, "--max-steps", "3", nodes=nodes) for _ in range(2)]
+    outputs = [finished(process) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "".join(outputs).count("2 processes (ddp)") == "".join(outputs).count("Done: 3 steps") == 1
+    assert [record["step"] for record in read_metrics(tmp_path / "run") if "train/loss" in record] == [1, 2, 3]
 
 
 def test_a_process_that_dies_ends_the_job(tmp_path):

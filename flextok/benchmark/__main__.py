@@ -1,9 +1,10 @@
-"""`python -m flextok.benchmark NAME`: prints a table, and writes JSON where --json says."""
+"""`python -m flextok.benchmark NAME`: prints a table and writes JSON; without a NAME all of them, one after the other."""
 
 import argparse
 import json
 import platform
 from pathlib import Path
+from typing import List, Optional
 
 import torch
 
@@ -16,7 +17,7 @@ from .timing import at_least_1
 BENCHMARKS = {
     "train": (train, "training: step time, share of the machine's matrix-product peak, memory"),
     "sample": (sample, "sampling with guidance, against the decoder passes that it takes"),
-    "data": (data, "image loading: JPEGs to tensors on one core, against Pillow and torchvision"),
+    "data": (data, "data: JPEGs to tensors against Pillow and torchvision; how long training waits"),
     "startup": (startup, "start-up: --help, and the first step of the quick start, in fresh processes"),
     "processes": (processes, "several processes: training with DDP and FSDP against one process"),
     "scale": (scale, "many GPUs: what training takes, counted, not measured"),
@@ -39,9 +40,9 @@ def _cpu_info() -> list:
         return []
 
 
-def main() -> None:
+def main(command_line: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m flextok.benchmark", description="Measure speed and memory.")
-    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    benchmarks = parser.add_subparsers(dest="benchmark")
     for name, (module, text) in BENCHMARKS.items():
         benchmark = benchmarks.add_parser(name, help=text)
         benchmark.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -50,9 +51,14 @@ def main() -> None:
         benchmark.add_argument(
             "--rounds", type=at_least_1, default=5, metavar="N", help="rounds in which the arms take turns (default: 5)"
         )
-        benchmark.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
+        file = Path("benchmark", f"{name}.json")
+        benchmark.add_argument("--json", type=Path, default=file, metavar="FILE", help=f"all numbers (default: {file})")
         module.add_arguments(benchmark)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command_line)
+    if arguments.benchmark is None:
+        for name in BENCHMARKS:
+            main([name])
+        return
     device = chosen_device(arguments.device)
     dtype = DTYPES[arguments.dtype or ("bf16" if computes_bf16(device) else "fp32")]
     about = {
@@ -63,8 +69,9 @@ def main() -> None:
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     result = BENCHMARKS[arguments.benchmark][0].run(arguments, device, dtype)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({**about, **result}, indent=2))
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps({**about, **result}, indent=2))
+    print(f"all numbers: {arguments.json}\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Image loading: from large JPEGs to normalised tensors, the plain way with Pillow and torchvision and ours."""
+"""Data: from large JPEGs to normalised tensors, the plain way and ours; and how long training waits for batches."""
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 from typing import Callable, List
 
@@ -9,18 +10,26 @@ import numpy as np
 import torch
 from PIL import Image
 
+from train_flextok import FlexTokTrainer
+
 from ..data.images import ImageFolderDataset, load_image
+from ..data.loader import build_datasets, build_loaders
 from ..data.photos import PHOTOS, photo_path
-from .timing import alternate, at_least_1, ratio, report_ratios, spread
+from ..flextok_wrapper import FlexTokFromHub
+from ..model.builder import preset_config
+from ..training.config import TrainConfig
+from .timing import alternate, at_least_1, ratio, report_ratios, spread, synchronize
 
 QUALITY = 90
-SPEED_TARGET, DIFFERENCE_TARGET = 1.8, 0.6
+SPEED_TARGET, DIFFERENCE_TARGET, WAIT_TARGET = 1.8, 0.6, 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source-size", type=at_least_1, default=1024, help="side of the JPEGs (default: %(default)s)")
     parser.add_argument("--image-size", type=at_least_1, default=256, help="side of the tensors (default: %(default)s)")
     parser.add_argument("--files", type=at_least_1, default=24, help="number of JPEGs (default: %(default)s)")
+    parser.add_argument("--preset", default="d12-d12", help="model that waits for batches (default: %(default)s)")
+    parser.add_argument("--wait-steps", type=int, default=10, metavar="N", help="its steps; 0: skip (default: 10)")
 
 
 def square(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -65,8 +74,41 @@ def difference(a: List[torch.Tensor], b: List[torch.Tensor]) -> dict:
     }
 
 
+def waiting(
+    arguments: argparse.Namespace, batch_size: int, device: torch.device, dtype: torch.dtype
+) -> List[float]:
+    """Shares of the time that a training with `cache_latents` waits for batches, in its first and its second epoch.
+
+    In the first, images are read and go through the VAE; in the second, latents come from the cache.
+    """
+    shares = []
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder, "images")
+        images.mkdir()
+        write_jpegs(images, arguments.wait_steps * batch_size, arguments.source_size)
+        config = TrainConfig.from_dict(dict(
+            model=dict(preset=arguments.preset), data_path=str(images), val_fraction=0, img_size=arguments.image_size,
+            batch_size=batch_size, num_workers=2, cache_latents=True, cache_dir=folder, use_amp=dtype != torch.float32,
+            use_wandb=False,
+        ))  # fmt: skip
+        model = FlexTokFromHub(preset_config(arguments.preset, vae_hub_path=None))
+        loader, _ = build_loaders(config, *build_datasets(config), device)
+        trainer = FlexTokTrainer(config, model, loader, None, device)
+        trainer._prepare_frozen_networks()
+        for epoch in range(2):
+            trainer._restart_clock()
+            start = time.perf_counter()
+            for window in trainer._windows(epoch, 0):
+                trainer.update(window)
+                trainer.global_step += 1
+            synchronize(device)
+            shares.append(trainer._seconds_waited / (time.perf_counter() - start))
+            trainer._flush_caches()
+    return shares
+
+
 def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
-    """All measurements as plain numbers; prints them. One process, one thread, on the CPU, whatever the device."""
+    """All measurements as plain numbers; prints them. Loading is one process, one thread, on the CPU."""
     size, n_files = arguments.image_size, arguments.files
     plain, threads = plain_loader(size), torch.get_num_threads()
     torch.set_num_threads(1)
@@ -93,6 +135,13 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
         "difference": differences,
     }
     report(result)
+    if arguments.wait_steps:
+        batch_size = arguments.batch_sizes[0]
+        result["waiting"] = waiting(arguments, batch_size, device, dtype)
+        reached = "yes" if result["waiting"][1] < WAIT_TARGET else "NO"
+        print(f"{arguments.preset}, batch {batch_size}: share of the time that training waits for batches")
+        print(f"  {'first epoch: images, VAE':<46} {result['waiting'][0]:9.4f}")
+        print(f"  {'second epoch: latents from the cache':<46} {result['waiting'][1]:9.4f}  below {WAIT_TARGET}: {reached}")
     return result
 
 
