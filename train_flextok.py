@@ -55,6 +55,7 @@ from flextok.training.checkpoints import (
     EPOCH,
     LATEST,
     check_checkpoint,
+    check_writable,
     find_checkpoint,
     link_checkpoint,
     prune_checkpoints,
@@ -72,6 +73,7 @@ from flextok.training.models import (
     check_repa_settings,
     known_model_config,
     load_model,
+    set_vae_dtype,
 )
 from flextok.training.parallel import exchanging, full, replicate, shard, sharded_like, whole
 from flextok.training.pictures import save_curves, save_grid
@@ -175,7 +177,7 @@ class FlexTokTrainer:
         self._restart_clock()
         self.wandb_id: Optional[str] = None
         self.data_identity = self._data_identity()
-        self.broken_files = BrokenFiles(max(1, len(train_loader.dataset)))
+        self.broken_files, self.broken_since = BrokenFiles(max(1, len(train_loader.dataset))), []
         self.broken_val_files = BrokenFiles(max(1, len(val_loader.dataset) if val_loader is not None else 1))
 
     # ------------------------------------------------------------------------------------------------------- set-up
@@ -190,6 +192,7 @@ class FlexTokTrainer:
                 if hasattr(submodule, "use_act_checkpoint"):
                     submodule.use_act_checkpoint = config.gradient_checkpointing
         model.vae.frozen = not config.train_vae
+        set_vae_dtype(config, model.vae, self.device)
         model.vae.force_vae_encode = False  # a trained VAE's latents come from its own loss; others are never there
         if config.train_vae and count_parameters(model.vae) == 0:
             raise ConfigError("train_vae is true, but this model's VAE has no parameters")
@@ -416,16 +419,7 @@ class FlexTokTrainer:
     def _timed(self, batches: Iterable) -> Iterator:
         """The batches, with the time that is spent waiting for them counted."""
         start = time.perf_counter()
-        batches = iter(batches)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError:  # the loading processes got the signal too
-                if self.stop_request.signum is None or world_size() > 1:
-                    raise
-                self._stop()
+        for batch in batches:
             self._seconds_waited += time.perf_counter() - start
             yield batch
             start = time.perf_counter()
@@ -493,16 +487,16 @@ class FlexTokTrainer:
             self._end_repa()
         if world_size() == 1:  # nobody else has to agree
             stops = self.stop_request.signum is not None
-        self._after_step(stops, [path for b in window if isinstance(b, dict) for path in b.get("broken", ())])
+        self.broken_since += [path for b in window if isinstance(b, dict) for path in b.get("broken", ())]
+        self._after_step(stops)
 
-    def _after_step(self, stops: bool = False, broken: Sequence[str] = ()) -> None:
+    def _after_step(self, stops: bool = False) -> None:
         """Validate, save and draw where this step is one to do so after, and leave if a process was asked to stop.
 
         A validation that a signal cuts short is due: the checkpoint says so, and the resumed run begins with it.
 
         Args:
             stops: Whether a process was asked to stop; the same in all.
-            broken: Files of the step that could not be read.
         """
         config, step = self.config, self.global_step
         end_of_epoch = step % self.steps_per_epoch == 0
@@ -519,7 +513,9 @@ class FlexTokTrainer:
                     self._validate_and_save(EPOCH.format(f"{epoch:04d}") if keeps else None)
             if config.visualize_every and step % config.visualize_every == 0 and not stops:
                 self.visualize()
-            self._note_broken(broken, self.broken_files)
+            if world_size() == 1 or validates or saves or step % config.log_every == 0:  # the others have to be asked
+                broken, self.broken_since = self.broken_since, []
+                self._note_broken(broken, self.broken_files)
             if stops:
                 self._stop()
 
@@ -537,8 +533,9 @@ class FlexTokTrainer:
             return bool(stop)
         self.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
+        names = itertools.chain(*gathered([name for batch in window for name in self._image_names(batch)]))
         log.warning("step %d changed nothing: its loss or gradient is not finite; images: %s", step,
-                    ", ".join(name for batch in window for name in self._image_names(batch)) or "unknown")  # fmt: skip
+                    ", ".join(names) or "unknown")  # fmt: skip
         if self.nonfinite_in_a_row > self.config.max_nonfinite_steps:
             raise UserError(
                 f"{self.nonfinite_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not "
@@ -549,7 +546,7 @@ class FlexTokTrainer:
 
     def _image_names(self, batch) -> List[str]:
         """File names (or numbers, for images that are no files) of a batch's images."""
-        if not (isinstance(batch, dict) and "index" in batch):
+        if not (isinstance(batch, dict) and "index" in batch) or batch_size(batch) == 0:
             return []
         dataset = self.train_loader.dataset
         paths = getattr(getattr(dataset, "dataset", dataset), "paths", None)
@@ -610,12 +607,12 @@ class FlexTokTrainer:
                 link_checkpoint(folder / LATEST, folder / name)
             prune_checkpoints(folder, self.config.keep_last)
 
-    def _note_broken(self, paths: Sequence[str], broken_files: BrokenFiles) -> None:
+    def _note_broken(self, paths: List[str], broken_files: BrokenFiles) -> None:
+        """Name files that could not be read, of all processes; too many end the run, with a checkpoint."""
         try:
-            broken_files.add(paths)
+            broken_files.add(itertools.chain(*gathered(paths)))
         except TooManyBrokenFiles:
-            if world_size() == 1:  # the others know nothing of it, and a checkpoint takes all
-                self.save_checkpoint()
+            self.save_checkpoint()
             raise
 
     def _log_step(
@@ -718,8 +715,10 @@ class FlexTokTrainer:
                 cache.flush()
 
     def _cache_is_complete(self) -> bool:
+        """Whether the cache holds all features, for all processes, when each has flushed what it computed."""
+        gathered(None)
         n_val = 0 if self.val_loader is None else self._n_val_images()
-        return self.feature_cache.has("train") and self.feature_cache.has("val", n_val)
+        return all(gathered(self.feature_cache.has("train") and self.feature_cache.has("val", n_val)))
 
     def _use_complete_cache(self) -> None:
         """Once all features are there the encoder has nothing left to do."""
@@ -852,7 +851,11 @@ class FlexTokTrainer:
         titles = ["VAE", *(f"{k} token{'s' if k > 1 else ''}" for k in counts), "original"]
         path = self.run_dir / "pictures" / f"flexible_length_{self.global_step:07d}.png"
         if rank() == 0:
-            save_grid([*columns, images], titles, path)
+            try:
+                save_grid([*columns, images], titles, path)
+            except OSError as error:
+                log.warning("the picture %s cannot be written: %s", path, error)
+                return None
         if self.metrics_log is not None:
             self.metrics_log.picture("visualizations/flexible_length", path, self.global_step)
         return path
@@ -1026,7 +1029,7 @@ class FlexTokTrainer:
         config = self.config
         if rank() > 0:
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        check_writable(self.run_dir / "checkpoints")
         write_config(self.run_dir, config)
         settings = None
         if config.use_wandb:
@@ -1176,5 +1179,5 @@ if __name__ == "__main__":
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
-        print("stopped before the first step: nothing was written", file=sys.stderr)
+        print("interrupted: the checkpoints that are there stay as they are", file=sys.stderr)
         sys.exit(130)

@@ -187,6 +187,8 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
         self.config = copy.deepcopy(parts)
         if "scaling_factor" in self.config["vae"]:  # null there means the VAE's own: a saved model says which
             self.config["vae"]["scaling_factor"] = self.vae.scaling_factor
+        if self.config["vae"].get("hf_hub_path") is not None:  # without a revision, of which others know nothing
+            self.config["vae"]["hf_hub_path"] = self.vae.hf_hub_path
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Union[str, Path], **arguments) -> "FlexTokFromHub":

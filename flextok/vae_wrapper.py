@@ -32,7 +32,8 @@ class StableDiffusionVAE(nn.Module):
             over images, in nats per image.
         scaling_factor: Latents are the VAE's own times this; None: the number in the VAE's own config.
         dtype_override: Precision of the VAE, whatever autocast is in force; None: follow autocast.
-        hf_hub_path: Hub name or folder of the VAE's weights; None: random weights, to be loaded or trained.
+        hf_hub_path: Hub name (with `@revision` to pin one) or folder of the VAE's weights; None: random weights, to be
+            loaded or trained.
         sample_posterior: Latents are a sample of the posterior; otherwise its mode.
         compile_encode_fn: Encode through torch.compile.
         force_vae_encode: Encode even if the data_dict already holds latents.
@@ -63,9 +64,12 @@ class StableDiffusionVAE(nn.Module):
         self.images_read_key, self.vae_latents_write_key = images_read_key, vae_latents_write_key
         self.vae_latents_read_key, self.images_reconst_write_key = vae_latents_read_key, images_reconst_write_key
         self.vae_kl_loss_write_key, self.latent_channels = vae_kl_loss_write_key, latent_channels
+        revision = None
+        if hf_hub_path is not None and not Path(hf_hub_path).is_dir():
+            hf_hub_path, _, revision = hf_hub_path.partition("@")
         self.dtype_override, self.hf_hub_path = parse_dtype(dtype_override), hf_hub_path
         self.sample_posterior, self.force_vae_encode, self.frozen = sample_posterior, force_vae_encode, frozen
-        self.vae = self._build(hf_hub_path, latent_channels, load_weights)
+        self.vae = self._build(hf_hub_path, revision or None, latent_channels, load_weights)
         self.scaling_factor = self.vae.config.scaling_factor if scaling_factor is None else scaling_factor
         if learnable_logvar:
             self.logvar = nn.Parameter(torch.tensor(float(logvar_init)))
@@ -74,12 +78,14 @@ class StableDiffusionVAE(nn.Module):
         self._encode = torch.compile(self.vae.encode) if compile_encode_fn else self.vae.encode
 
     @staticmethod
-    def _build(hf_hub_path: Optional[str], latent_channels: int, load_weights: bool) -> nn.Module:
+    def _build(
+        hf_hub_path: Optional[str], revision: Optional[str], latent_channels: int, load_weights: bool
+    ) -> nn.Module:
         from diffusers import AutoencoderKL  # imported here: slow, and pixel models do not need it
 
         if hf_hub_path is not None and load_weights:
             try:
-                vae = AutoencoderKL.from_pretrained(hf_hub_path, low_cpu_mem_usage=False)
+                vae = AutoencoderKL.from_pretrained(hf_hub_path, revision=revision, low_cpu_mem_usage=False)
             except (OSError, ValueError) as error:
                 raise RuntimeError(
                     f"the VAE {hf_hub_path!r} is neither a folder, nor in the Hugging Face cache, nor can it be "
@@ -97,7 +103,7 @@ class StableDiffusionVAE(nn.Module):
             hf_hub_path is not None
         ):  # weights come from elsewhere: its architecture, where it can be had without waiting
             try:
-                local = {} if Path(hf_hub_path).is_dir() else {"local_files_only": True}
+                local = {} if Path(hf_hub_path).is_dir() else {"local_files_only": True, "revision": revision}
                 return AutoencoderKL.from_config(AutoencoderKL.load_config(hf_hub_path, **local))
             except (OSError, ValueError):
                 pass

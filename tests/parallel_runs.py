@@ -118,15 +118,20 @@ def step_that_one_process_spoils(run_dir: Path, **changes) -> dict:
         return [parallel.local(value).detach().clone() for value in values]
 
     trainer.compute_loss = compute_loss
-    flags, changed, before = [], [], []
+    flags, changed, before, shown, warnings = [], [], [], [], []
+    train_flextok.log.warning = lambda message, *values: warnings.append(values)
     for i, window in enumerate(itertools.islice(trainer._windows(0, 0), 3)):
         spoiling = i == 1
         flags.append(trainer.update(window)[2].tolist())
+        if spoiling:
+            shown = [f"number {index}" for part in gathered(window[0]["index"].tolist()) for index in part]
+            trainer._note_flags((flags[-1], (1, window)))
         trainer.global_step += 1
         after = state()
         changed.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
         before = after
-    return dict(flags=gathered(flags), changed=gathered(changed))
+    del train_flextok.log.warning
+    return dict(flags=gathered(flags), changed=gathered(changed), shown=shown, named=warnings[0][1].split(", "))
 
 
 def without_exchange(modules, compute):

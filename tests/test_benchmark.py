@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flextok.benchmark import processes, repa, sample, scale, timing, train
 from flextok.benchmark.__main__ import BENCHMARKS, main
 from flextok.model.utils.repa_encoders import load_encoder
+from flextok.utils.config import ConfigError
 from flextok.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -23,9 +24,24 @@ CPU = torch.device("cpu")
 
 def test_arms_take_turns_and_the_first_round_is_not_counted():
     order = []
-    times = timing.alternate({name: lambda name=name: order.append(name) for name in "abc"}, rounds=2, device=CPU)
+    arms = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = timing.alternate(arms, rounds=2, device=CPU, at_least=0)
     assert "".join(order) == "abcabcabc"
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_a_short_arm_is_repeated_and_its_mean_counts(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def arm(seconds):
+        calls.append(seconds)
+        now[0] += seconds
+
+    arms = {"long": lambda: arm(2.0), "short": lambda: arm(0.125)}
+    times = timing.alternate(arms, rounds=1, device=CPU, at_least=0.5)
+    assert calls == [2.0, 0.125, 2.0, 0.125, 0.125, 0.125, 0.125]
+    assert times == {"long": [2.0], "short": [0.125]}
 
 
 def test_ratios_are_within_a_round():
@@ -34,7 +50,7 @@ def test_ratios_are_within_a_round():
 
 
 def test_the_matmul_arm_knows_its_operations():
-    run, flops = timing.matmul_arm(CPU, torch.float32, size=64, seconds=0.001)
+    run, flops = timing.matmul_arm(CPU, torch.float32, size=64)
     with FlopCounterMode(display=False) as counter:
         run()
     assert counter.get_total_flops() == flops > 0
@@ -179,6 +195,11 @@ def test_the_sampling_benchmark_compares_with_decoder_passes(capsys, monkeypatch
     assert set(result["ratios"]) == {f"{name} / decoder passes, batch {n}" for name in ("APG", "CFG") for n in (1, 2)}
     assert all(len(seconds) == 2 for seconds in result["seconds"].values())
     assert "at most 1.05" in capsys.readouterr().out
+
+
+def test_the_repa_benchmark_refuses_encoders_that_it_cannot_make():
+    with pytest.raises(ConfigError, match="--encoder is efficientnet_lite0, expected a DINOv2"):
+        repa.run(argparse.Namespace(encoder="efficientnet_lite0", image_size=None), CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize("batch_sizes, n", [([3], 2), ([4], 3)])

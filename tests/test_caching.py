@@ -551,4 +551,4 @@ def test_latents_and_features_are_filled_by_one_command(tmp_path, vae_folder, no
     trainer = make_trainer(tmp_path / "run", cache_dir=str(tmp_path / "cache"), **changes)
     trainer._prepare_frozen_networks()
     batch = first_batch(trainer)
-    assert set(batch) == {"index", "position", "flip", "broken", "split", "features", "latents"}
+    assert set(batch) == {"index", "position", "flip", "broken", "filler", "split", "features", "latents"}

@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import struct
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -519,6 +520,47 @@ def test_pickles_that_call_something_are_refused(tmp_path, monkeypatch, value, l
     assert not (tmp_path / "ran").exists()
 
 
+def peak_of_reading(path):
+    """Peak resident size in bytes that reading a checkpoint adds to a fresh process, and the error."""
+    code = (
+        "import resource, sys; from pathlib import Path; from flextok.utils.checkpoint import load_pickled\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak()\ntry:\n    load_pickled(Path(sys.argv[1]))\n    error = 'none'\n"
+        "except Exception as e:\n    error = type(e).__name__\nprint(peak() - before, error)"
+    )
+    root = Path(__file__).parent.parent
+    output = subprocess.run([sys.executable, "-c", code, path], cwd=root, capture_output=True, text=True, check=True)
+    size, error = output.stdout.split()
+    return int(size), error
+
+
+@pytest.mark.parametrize("form", ["bare pickle", "legacy", "PKL"])
+def test_small_files_that_ask_for_much_memory_are_refused_before_they_get_it(tmp_path, form):
+    value = pickle.dumps(Reduced(bytearray, (1_000_000_000,)), protocol=2)
+    path = tmp_path / "latest.pt"
+    if form == "bare pickle":
+        path.write_bytes(value)
+    elif form == "legacy":
+        saved(tmp_path, {"model_state_dict": Reduced(bytearray, (1_000_000_000,))}, _use_new_zipfile_serialization=False)
+    else:
+        saved(tmp_path, {"model_state_dict": TINY})
+        with zipfile.ZipFile(path) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in parts.items():
+                is_pickle = name.endswith("data.pkl")
+                archive.writestr(name.replace("data.pkl", "data.PKL"), value if is_pickle else data)
+    assert path.stat().st_size < 10_000
+    size, error = peak_of_reading(path)
+    assert error == "CheckpointError" and size < 200e6
+
+
+def test_weights_of_the_older_format_are_read(tmp_path):
+    path = saved(tmp_path, {"model_state_dict": TINY}, _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(path)
+    assert all(torch.equal(value, TINY[key]) for key, value in read_checkpoint(path)["model_state_dict"].items())
+
+
 def test_containers_that_hold_themselves_are_read_in_passing(tmp_path):
     bomb = [torch.zeros(1)]
     for _ in range(100):
@@ -593,7 +635,7 @@ def trainer_and_checkpoint(tmp_path_factory):
 def test_fields_of_a_checkpoint_of_other_types_are_refused(trainer_and_checkpoint, tmp_path):
     trainer, checkpoint = trainer_and_checkpoint
     optional = ("epoch", "step_in_epoch", "model_config", "repa_layers", "wandb_id")
-    optional += ("global_batch_size", "nonfinite_steps")  # newer than the first checkpoints
+    optional += ("global_batch_size", "nonfinite_steps", "validation_due")  # newer than the first checkpoints
     needed = [key for key in checkpoint if key not in optional]
     assert len(needed) == 12
     for key in needed:

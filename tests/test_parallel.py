@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from parallel_runs import RUNS, STEPS, train_briefly
 from tiny_runs import make_trainer, read_latest, read_metrics, settings
 
@@ -130,6 +131,7 @@ def test_a_step_that_is_not_finite_in_one_process_changes_nothing_in_any(runs, n
     _, two = runs
     assert two[name]["flags"] == [[[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]] * 2
     assert two[name]["changed"] == [[True, False, True]] * 2
+    assert two[name]["named"] == two[name]["shown"] and len(two[name]["shown"]) == 4  # the images of both processes
 
 
 @pytest.mark.parametrize("name", ["ddp, checkpointing, resumed", "fsdp, checkpointing, resumed"])
@@ -184,6 +186,23 @@ def test_torchrun_trains_and_one_process_goes_on(tmp_path, parallel):
     subprocess.run([sys.executable, "train_flextok.py", *map(str, options + single)], cwd=ROOT, check=True)
     steps = [record["step"] for record in read_metrics(tmp_path / "run") if "train/loss" in record]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_broken_images_of_all_processes_are_named_and_counted_together(tmp_path):
+    """Each process meets 2 % of them broken or fewer; together they are too many."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(40):
+        Image.new("RGB", (40, 40), (6 * i, 0, 0)).save(folder / f"{i:02}.png")
+    broken = [folder / f"{i:02}.png" for i in (3, 17)]
+    for path in broken:
+        path.write_bytes(b"broken")
+    file = write_config(tmp_path, dataset_name="folder", data_path=str(folder), val_fraction=0, num_epochs=2)
+    output = finished(launch(file))
+    assert "2 of 40 images cannot be read, more than 1 %" in output
+    for path in broken:
+        assert output.count(f"cannot read the image {path}: another") == 1
+    assert read_latest(tmp_path / "run")["global_step"] >= 1
 
 
 def test_two_nodes_with_a_process_each_are_one_job(tmp_path):

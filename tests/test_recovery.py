@@ -175,6 +175,53 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, uninte
     assert steps == list(range(1, step + 3))
 
 
+def test_a_run_with_loading_processes_ends_at_once_and_without_noise(tmp_path):
+    process = launch(tmp_path, "--max-steps", "8", num_workers=2)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0
+    assert "Traceback" not in errors and "Exception" not in errors and "killed" not in errors
+
+
+SLOW_STEPS = """
+import time, runpy, sys, train_flextok
+update, compute_loss = train_flextok.FlexTokTrainer.update, train_flextok.FlexTokTrainer.compute_loss
+def slow_update(self, window):
+    print("step begins", flush=True)
+    time.sleep(4)
+    return update(self, window)
+train_flextok.FlexTokTrainer.update = slow_update
+sys.argv[0] = "train_flextok.py"
+arguments = train_flextok.parse_arguments()
+try:
+    train_flextok.main(arguments)
+except train_flextok.Stopped as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(stopped.exit_code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_job_leaves_the_loading_ones_at_work(tmp_path, signum):
+    """As Slurm, a terminal or torchrun send it: to the group. A step that lasts longer still gets its batches."""
+    (tmp_path / "slow.py").write_text(SLOW_STEPS)
+    changes = dict(CHANGES, save_every_steps=0, num_workers=2, batch_size=1, gradient_accumulation_steps=11)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings(checkpoint_dir=str(tmp_path / "runs"), **changes)))
+    command = [sys.executable, tmp_path / "slow.py", "--config", tmp_path / "tiny.yaml", "--device", "cpu",
+               "--run-dir", tmp_path / "run"]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while "step begins" not in process.stdout.readline():
+        assert process.poll() is None, process.communicate()[1]
+    for _ in range(2):  # torchrun passes on what its workers get themselves
+        os.killpg(process.pid, signum)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signum, errors
+    assert read_latest(tmp_path / "run")["global_step"] == 1 and "Traceback" not in errors
+
+
 def train_and_be_asked_to_stop(folder: Path, run_dir: Path, step: int, where: str) -> None:
     """SIGTERM comes while the validation after a step computes a loss, or while its picture is sampled."""
     trainer_class = train_flextok.FlexTokTrainer
@@ -274,6 +321,36 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(tmp_path, unint
     assert_as_uninterrupted(run_dir, uninterrupted)
 
 
+def train_and_die_in_the_next_save(folder: Path, run_dir: Path) -> None:
+    os_replace = os.replace
+
+    def rename(source, target):
+        if Path(target).name == "latest.pt":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os_replace(source, target)
+
+    os.replace = rename
+    train(folder, run_dir)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(tmp_path, uninterrupted):
+    """Neither where the run that goes on from the one before is killed within its first save."""
+    run_dir = tmp_path / "run"
+    process = start(train_in_part, tmp_path, run_dir, 6)
+    process.join()
+    latest = run_dir / "checkpoints" / "latest.pt"
+    content = latest.read_bytes()
+    latest.unlink()
+    latest.write_bytes(content[:-100])
+    process = start(train_and_die_in_the_next_save, tmp_path, run_dir)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    process = start(train, tmp_path, run_dir)
+    process.join()
+    assert process.exitcode == 0
+    assert_as_uninterrupted(run_dir, uninterrupted)
+
+
 def test_the_checkpoint_before_is_used_with_a_warning_and_others_never(tmp_path, caplog):
     trainer = make_trainer(tmp_path, use_repa=False)
     path = trainer.save_checkpoint()
@@ -319,8 +396,18 @@ def test_a_folder_that_is_not_for_writing_is_a_clear_error_and_keeps_what_it_hol
 def test_a_file_where_the_run_folder_should_be_is_a_clear_error(tmp_path):
     (tmp_path / "run").write_text("a file where the folder should be")
     trainer = make_trainer(tmp_path / "run", use_repa=False)
-    with pytest.raises(UserError, match="cannot write .*latest.pt: .* GB free"):
+    with pytest.raises(UserError, match="cannot write in .*checkpoints: .*--run-dir"):
         trainer.save_checkpoint()
+    with pytest.raises(UserError, match="cannot write in .*checkpoints: .*--run-dir"):  # not after hours of training
+        trainer.train(max_steps=1)
+    assert trainer.global_step == 0
+
+
+def test_a_picture_that_cannot_be_written_costs_no_training(tmp_path, caplog):
+    (tmp_path / "pictures").write_text("a file where the folder should be")
+    trainer = make_trainer(tmp_path, use_repa=False, visualize_every=1)
+    trainer.train(max_steps=2)
+    assert trainer.global_step == 2 and "picture" in caplog.text and "cannot be written" in caplog.text
 
 
 def test_checkpoints_of_epochs_are_pruned(tmp_path):

@@ -7,6 +7,8 @@ import torch
 from helpers import make_draws, make_images, make_noise, pack, save_tiny_vae, unpack
 
 from flextok.utils.random import RANDOM_KEY
+from flextok.training.config import TrainConfig
+from flextok.training.models import set_vae_dtype
 from flextok.vae_wrapper import PixelUnshuffleVAE, StableDiffusionVAE
 
 
@@ -184,6 +186,41 @@ def test_encoding_is_compiled_on_request(make_vae, monkeypatch):
 def test_latent_channels_must_be_those_of_the_weights(folder, diffusers_vae):
     with pytest.raises(ValueError, match="latent_channels is 16.*has 4"):
         StableDiffusionVAE(hf_hub_path=folder, latent_channels=16)
+
+
+def test_a_revision_of_the_weights_is_pinned_after_an_at_sign(monkeypatch, diffusers_vae):
+    asked = []
+
+    def from_pretrained(name, revision=None, **_):
+        asked.append((name, revision))
+        return diffusers_vae
+
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", from_pretrained)
+    for path in ("somebody/vae", "somebody/vae@abc123"):
+        assert StableDiffusionVAE(hf_hub_path=path, latent_channels=4).hf_hub_path == "somebody/vae"
+    assert asked == [("somebody/vae", None), ("somebody/vae", "abc123")]
+
+
+@pytest.mark.parametrize(
+    "settings, device, has_bf16, expected",
+    [
+        ({}, "cuda", True, torch.bfloat16), ({}, "cuda", False, torch.float32), ({}, "cpu", True, torch.float32),
+        ({"use_amp": False}, "cuda", True, torch.float32), ({"vae_dtype": "fp32"}, "cuda", True, torch.float32),
+        ({"vae_dtype": "bf16"}, "cpu", False, torch.bfloat16), ({"train_vae": True}, "cuda", True, torch.float32),
+    ],
+)  # fmt: skip
+def test_a_frozen_vae_computes_in_what_vae_dtype_says(make_vae, monkeypatch, settings, device, has_bf16, expected):
+    monkeypatch.setattr("flextok.training.models.computes_bf16", lambda device: has_bf16)
+    vae = make_vae()
+    set_vae_dtype(TrainConfig.from_dict(settings), vae, torch.device(device))
+    assert vae.dtype_override == expected
+
+
+def test_a_vae_in_bf16_is_close_to_fp32_and_gives_fp32(make_vae):
+    exact, rounded = make_vae(sample_posterior=False), make_vae(sample_posterior=False, dtype_override="bf16")
+    expected, given = (vae.encode({"rgb": make_images(2)})["vae_latents"] for vae in (exact, rounded))
+    assert given.dtype == torch.float32 and not torch.equal(given, expected)
+    assert (given - expected).norm() < 0.02 * expected.norm()
 
 
 def test_a_vae_that_is_nowhere_is_named_with_what_to_do(tmp_path, monkeypatch):

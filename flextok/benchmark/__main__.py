@@ -47,7 +47,7 @@ def main(command_line: Optional[List[str]] = None) -> None:
         benchmark = benchmarks.add_parser(name, help=text)
         benchmark.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
         benchmark.add_argument("--dtype", choices=sorted(DTYPES), help="fp32 or autocast (default: bf16 if it is fast)")
-        benchmark.add_argument("--batch-sizes", type=at_least_1, nargs="+", default=[4], metavar="N", help="default: 4")
+        benchmark.add_argument("--batch-sizes", type=at_least_1, nargs="+", metavar="N", help="default: 4, on GPUs 32")
         benchmark.add_argument(
             "--rounds", type=at_least_1, default=5, metavar="N", help="rounds in which the arms take turns (default: 5)"
         )
@@ -60,6 +60,8 @@ def main(command_line: Optional[List[str]] = None) -> None:
             main([name])
         return
     device = chosen_device(arguments.device)
+    arguments.batch_sizes = arguments.batch_sizes or [4 if device.type == "cpu" else 32]
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     dtype = DTYPES[arguments.dtype or ("bf16" if computes_bf16(device) else "fp32")]
     about = {
         "benchmark": arguments.benchmark,
@@ -69,7 +71,6 @@ def main(command_line: Optional[List[str]] = None) -> None:
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     result = BENCHMARKS[arguments.benchmark][0].run(arguments, device, dtype)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({**about, **result}, indent=2))
     print(f"all numbers: {arguments.json}\n")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List
@@ -17,6 +18,8 @@ from ..model.utils.repa_encoders import FrozenEncoder, encoder_facts, known_enco
 from ..model.utils.repa_loss import REPAModule, projector_parameters
 from ..training.config import TrainConfig
 from ..training.models import new_model_config
+from ..utils.config import ConfigError
+from ..utils.dtypes import name_of
 from ..utils.modules import count_parameters
 from .timing import alternate, ratio, report_ratios, report_seconds
 from .train import IMG_SIZE, build_trainer, kept_for_backward
@@ -172,6 +175,8 @@ def memory_tables() -> List[dict]:
 
 def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
     """All measurements as plain numbers; prints them."""
+    if not arguments.encoder.startswith("dinov2_vit"):
+        raise ConfigError(f"--encoder is {arguments.encoder}, expected a DINOv2, such as dinov2_vitb14")
     facts = encoder_facts(arguments.encoder, arguments.image_size)
     autocast = dtype != torch.float32
     encoder = random_encoder(arguments.encoder, arguments.image_size, dtype).to(device)
@@ -183,7 +188,9 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
             data = CachedBatches(Path(folder), facts.grid, facts.dim, batch_size, latent_shape)
             times = alternate(step_arms(trainer, data, encoder), arguments.rounds, device)
         result[f"batch {batch_size}"] = report_times(times, batch_size)
-    precisions = {"fp32": contextlib.nullcontext, str(dtype).removeprefix("torch."): trainer.autocast}
+    precisions = {"fp32": contextlib.nullcontext}
+    if autocast:
+        precisions[name_of(dtype)] = functools.partial(torch.autocast, "cpu", dtype)  # where it is counted
     result["projector_memory"] = {
         f"width {width}, {name}": projector_memory(width, arguments.encoder, context)
         for width in WIDTHS

@@ -21,17 +21,28 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def alternate(arms: Dict[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1) -> dict:
-    """Seconds of each arm in each round, after `warmup` rounds that are not counted: {name: [seconds] * rounds}."""
+def alternate(
+    arms: Dict[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1, at_least: float = 0.5
+) -> dict:
+    """Seconds of each arm in each round, after `warmup` rounds that are not counted: {name: [seconds] * rounds}.
+
+    An arm that takes less than `at_least` seconds is run several times in a row, without waiting for the device in
+    between, as a training does: the mean is what counts.
+    """
     times: Dict[str, List[float]] = {name: [] for name in arms}
+    repeats = dict.fromkeys(arms, 1)
     for i in range(warmup + rounds):
         for name, run in arms.items():
             synchronize(device)
             start = time.perf_counter()
-            run()
+            for _ in range(repeats[name]):
+                run()
             synchronize(device)
-            if i >= warmup:
-                times[name].append(time.perf_counter() - start)
+            seconds = (time.perf_counter() - start) / repeats[name]
+            if i < warmup:
+                repeats[name] = max(1, round(at_least / max(seconds, 1e-6)))
+            else:
+                times[name].append(seconds)
     return times
 
 
@@ -46,9 +57,9 @@ def ratio(numerator: List[float], denominator: List[float]) -> Tuple[float, floa
 
 
 def matmul_arm(
-    device: torch.device, dtype: torch.dtype, size: Optional[int] = None, seconds: float = 0.5
+    device: torch.device, dtype: torch.dtype, size: Optional[int] = None
 ) -> Tuple[Callable[[], object], float]:
-    """Repeated products of two square matrices, about `seconds` of them: (an arm for `alternate`, its FLOPs).
+    """The product of two square matrices: (an arm for `alternate`, its FLOPs).
 
     FLOPs over seconds is what this machine reaches now, the peak that a model's FLOP/s are compared with.
 
@@ -58,14 +69,7 @@ def matmul_arm(
     size = size or (2048 if device.type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = a @ b
-
-    def run(n: int) -> None:
-        for _ in range(n):
-            torch.mm(a, b, out=product)
-
-    elapsed = min(alternate({"": lambda: run(1)}, 3, device)[""])
-    n = max(1, round(seconds / max(elapsed, 1e-6)))
-    return lambda: run(n), n * 2.0 * size**3
+    return lambda: torch.mm(a, b, out=product), 2.0 * size**3
 
 
 def report_seconds(times: Dict[str, List[float]], title: str) -> None:

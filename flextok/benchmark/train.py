@@ -99,6 +99,7 @@ def forward_flops(trainer: FlexTokTrainer) -> int:
 def step_arm(trainer: FlexTokTrainer, batch_size: int, dtype: torch.dtype) -> Callable[[], Any]:
     """Forward, backward, clipping and AdamW on a batch whose latents are given."""
     batch = latent_batch(trainer, batch_size)
+    batch["latents"] = batch["latents"].to(trainer.device)
 
     def step() -> None:
         trainer.autocast_dtype = None if dtype == torch.float32 else dtype
@@ -109,6 +110,9 @@ def step_arm(trainer: FlexTokTrainer, batch_size: int, dtype: torch.dtype) -> Ca
 
 def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
     """All measurements as plain numbers; prints them."""
+    result: Dict[str, Any] = {"preset": arguments.preset}
+    if arguments.memory_batch_size:  # first, while nothing else takes memory
+        result["memory"] = report_memory(arguments.preset, arguments.memory_batch_size, device)
     settings = dict(gradient_checkpointing=arguments.gradient_checkpointing)
     trainers = {"": build_trainer(arguments.preset, device, **settings)}
     if arguments.compile:
@@ -124,12 +128,9 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     times = alternate(arms, arguments.rounds, device, warmup=2 if arguments.compile else 1)
     print(f"\n{arguments.preset}, {IMG_SIZE} px, latents given: forward, backward, clipping, AdamW")
     print(f"model: {flops / 1e12:.4f} TFLOP per image and step, three times its forward pass")
-    result: Dict[str, Any] = {"preset": arguments.preset, "flops_per_image": flops, "seconds": times}
+    result.update(flops_per_image=flops, seconds=times)
     result["arms"] = report_steps(times, flops, peak_flops)
     result["ratios"] = report_ratios(step_ratios(result["arms"], times, arguments.batch_sizes, list(dtypes)))
-    del trainers
-    if arguments.memory_batch_size:
-        result["memory"] = report_memory(arguments.preset, arguments.memory_batch_size, device)
     return result
 
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..model.utils.repa_encoders import encoder_dtype, load_encoder
 from ..training.config import TrainConfig, load_config
-from ..training.models import check_repa_settings, load_model
+from ..training.models import check_repa_settings, load_model, set_vae_dtype
 from ..utils.config import ConfigError
 from ..utils.devices import chosen_device
 from ..utils.errors import run_command
@@ -137,6 +137,7 @@ def cache_plans(config: TrainConfig, datasets: Dict[str, CachedDataset], device:
         plans[FEATURES] = feature_plans(config, datasets, device)
     if config.cache_latents:
         model = load_model(config)
+        set_vae_dtype(config, model.vae, device)
         plans[LATENTS] = latent_plans(config, model, datasets)
     if not plans:
         raise ConfigError(

@@ -1,8 +1,10 @@
 """From datasets to batches: which image goes into which optimizer step, on which rank, in which micro-batch."""
 
+import atexit
 import logging
 import math
 import signal
+import weakref
 from typing import Any, Iterable, Iterator, Optional, Union
 
 import torch
@@ -111,10 +113,26 @@ class GlobalBatchSampler(Sampler):
                 yield batch or [(order[start], step, FILLER)]
 
 
-def _outlive_stop_signals(worker_id: int) -> None:
-    """Signals that go to a whole group of processes are for the training process to act on: it has 2 s to note them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(2))
+def _ignore_stop_signals(worker_id: int) -> None:
+    """Signals that go to a whole group of processes are for the training process to act on, and it needs its batches.
+
+    A worker whose training process is gone ends by itself within seconds (PyTorch looks after that).
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+_loaders: "weakref.WeakSet[DataLoader]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the loaders' processes before the interpreter sends them SIGTERM and waits for their end."""
+    for iterator in [getattr(loader, "_iterator", None) for loader in _loaders]:
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # one that hangs
 
 
 def build_loader(
@@ -125,7 +143,7 @@ def build_loader(
     Batches do not depend on `num_workers`. PyTorch gives each worker one thread. With workers, up to two batches per
     worker are read ahead.
     """
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
@@ -133,9 +151,11 @@ def build_loader(
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=num_workers > 0,
         prefetch_factor=2 if num_workers > 0 else None,
-        worker_init_fn=_outlive_stop_signals,
+        worker_init_fn=_ignore_stop_signals,
         generator=torch.Generator(),  # else every epoch would draw the workers' seed from the global random state
     )
+    _loaders.add(loader)
+    return loader
 
 
 def build_loaders(

@@ -90,7 +90,7 @@ def build_config(
         img_size: Side of the (square) images in pixels: sets the positional tables.
         vae: `stable_diffusion` (AutoencoderKL, downsampling by 8) or `pixel` (lossless pixel unshuffle).
         vae_factor: Downsampling of the pixel VAE.
-        vae_hub_path: Weights of the AutoencoderKL, e.g. EPFL-VILAB/flextok_vae_c16; None: random.
+        vae_hub_path: Weights of the AutoencoderKL, e.g. EPFL-VILAB/flextok_vae_c16 (or ...c16@revision); None: random.
         vae_scaling_factor: Factor on the latents; None: the AutoencoderKL's own, or 0.5 for pixels.
         latent_channels: Channels of the AutoencoderKL's latents (4, 8 or 16 as published).
         repa_layers: Decoder blocks whose output is kept for REPA, 0 the first.

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Optional, Tuple
@@ -49,17 +50,30 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
     """
 
     def keep_previous() -> None:
-        if path.exists():
+        if zipfile.is_zipfile(path):  # not one that is damaged, in whose place the previous one was continued
             link_checkpoint(path, path.with_name(PREVIOUS))
 
+    check_writable(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: torch.save(checkpoint, temporary), keep_previous)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
         free = next((shutil.disk_usage(folder).free for folder in path.parents if os.path.exists(folder)), 0)
         raise UserError(
             f"cannot write {path}: {error}. The disk has {free / 1e9:.1f} GB free. Checkpoints that are there are as "
             "they were: make room, then go on with --resume latest"
+        ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder, and see that files can be written there; raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "write_test", lambda path: path.write_bytes(b""))
+        (folder / "write_test").unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {folder}: {error}. Give another folder (--run-dir, or checkpoint_dir), or the right to "
+            "write there; files that are there are as they were"
         ) from error
 
 

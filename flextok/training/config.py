@@ -56,6 +56,11 @@ class TrainConfig:
     train_vae: bool = setting(
         False, "Train the VAE too, by its own reconstruction (MSE) and KL loss; the flow loss does not reach it."
     )
+    vae_dtype: str = setting(
+        "auto", "What a frozen VAE computes in; auto: bf16 on GPUs that have it, unless use_amp is false; else as its "
+        "config says, fp32 for published models.",
+        choices=("auto", "fp32", "bf16"),
+    )  # fmt: skip
     vae_kl_weight: float = setting(1e-6, "Weight of the KL divergence (nats per image) in the VAE's loss.", minimum=0)
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory for one more forward pass, the same numbers."

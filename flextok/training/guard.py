@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -21,16 +22,17 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
+    """Notes SIGTERM and SIGINT instead of dying of them; a SIGINT more than a second later interrupts at once."""
 
     def __init__(self):
         self.signum: Optional[int] = None
+        self._since = 0.0
 
     def _note(self, signum: int, frame: Any) -> None:
-        if signum == signal.SIGINT and self.signum is not None:
+        if self.signum is None:
+            self.signum, self._since = signum, time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self._since > 1:  # not one that torchrun passes on
             raise KeyboardInterrupt
-        self.signum = signum
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # loading processes that end now are no error
 
     @contextlib.contextmanager
     def listening(self):

@@ -13,6 +13,7 @@ from ..model.builder import PRESETS, build_config, preset_config, with_fsq_level
 from ..model.preprocessors.patching import PatchEmbedder
 from ..utils.checkpoint import CheckpointError, build_model, load_safetensors, parse_metadata
 from ..utils.config import ConfigError
+from ..utils.dtypes import DTYPES, computes_bf16
 from ..utils.modules import evaluating
 from ..utils.plain import read_json_object
 from ..utils.random import RANDOM_KEY, BatchRandom, address_key
@@ -124,6 +125,16 @@ def _fetch(model_name: str, revision: Optional[str] = None) -> "tuple[dict, dict
     if config_file is not None:
         header = read_json_object(config_file)
     return flat_config(header), tensors
+
+
+def set_vae_dtype(config: TrainConfig, vae: nn.Module, device: torch.device) -> None:
+    """Let a frozen VAE compute in what the setting `vae_dtype` means on a device; a trained one stays as it is."""
+    if config.train_vae or not hasattr(vae, "dtype_override"):
+        return
+    if config.vae_dtype != "auto":
+        vae.dtype_override = DTYPES[config.vae_dtype]
+    elif config.use_amp and device.type == "cuda" and computes_bf16(device):
+        vae.dtype_override = torch.bfloat16
 
 
 def check_image_size(model: nn.Module, img_size: int) -> None:

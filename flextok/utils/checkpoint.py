@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import mmap
 import os
 import pickletools
 import re
@@ -121,8 +122,10 @@ def load_pickled(path: PathLike) -> Any:
         raise FileNotFoundError(f"there is no file {path}")
     size = path.stat().st_size
     try:
-        if zipfile.is_zipfile(path):  # files of before PyTorch 1.6 are none
+        if zipfile.is_zipfile(path):
             _check_archive(path, size)
+        else:  # of before PyTorch 1.6
+            _check_pickles(path)
         value = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(value, size)
     except Exception as error:  # of unpickling a damaged file: of any kind
@@ -140,12 +143,24 @@ def _check_archive(path: Path, size: int) -> None:
         if not stored or sum(entry.file_size for entry in entries) > size:
             raise ValueError("its parts are compressed or overlap, which torch.save does not do")
         for entry in entries:
-            if entry.filename.endswith(".pkl"):
-                for opcode, argument, _ in pickletools.genops(archive.read(entry)):
-                    if opcode.name == "STACK_GLOBAL" or (
-                        opcode.name in ("GLOBAL", "INST") and not _PICKLED.fullmatch(argument)
-                    ):
-                        raise ValueError(f"it asks for {shown(argument)}, which is no part of a checkpoint")
+            if entry.filename.lower().endswith(".pkl"):
+                _check_pickle(archive.read(entry))
+
+
+def _check_pickles(path: Path) -> None:
+    """Raise ValueError unless a file begins with the five pickles of the older format, of no other things."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for _ in range(5):  # a magic number, the version, the system, the object, the keys of its storages
+            _check_pickle(content)
+
+
+def _check_pickle(content: Any) -> None:
+    """Raise ValueError for a pickle (bytes, or a file at its start) that asks for other things than `_PICKLED`."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "STACK_GLOBAL" or (
+            opcode.name in ("GLOBAL", "INST") and not _PICKLED.fullmatch(argument)
+        ):
+            raise ValueError(f"it asks for {shown(argument)}, which is no part of a checkpoint")
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

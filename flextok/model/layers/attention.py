@@ -6,7 +6,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ...utils.dtypes import for_products
 from ..utils.init import init_linear
+from .norm import Fp32LayerNorm
 
 
 class BlockCausalMask(NamedTuple):
@@ -36,7 +38,7 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         proj_bias: bool = False,
         qk_norm: bool = True,
-        norm_layer: Optional[Callable] = None,
+        norm_layer: Callable = Fp32LayerNorm,
         weight_init_style: str = "xavier",
         zero_init_query_proj: bool = False,
     ):
@@ -53,7 +55,7 @@ class Attention(nn.Module):
         self.proj = init_linear(nn.Linear(dim, dim, bias=proj_bias), weight_init_style)
 
     def forward(self, x: torch.Tensor, mask: Optional[BlockCausalMask] = None) -> torch.Tensor:
-        heads = (-1, self.head_dim)
+        heads, x = (-1, self.head_dim), for_products(x)
         q = self.q_norm(self.wq(x).unflatten(-1, heads)).transpose(1, 2)  # [B, heads, N, head_dim]
         k = self.k_norm(self.wk(x).unflatten(-1, heads)).transpose(1, 2)
         v = self.wv(x).unflatten(-1, heads).transpose(1, 2)

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ...utils.dtypes import for_products
 from ..utils.init import init_linear
 
 
@@ -49,6 +50,7 @@ class GatedMlp(nn.Module):
         self.fc2 = init_linear(nn.Linear(hidden, dim, bias=bias), init_style)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = for_products(x)
         gate, up = self.fc1(x), self.fc3(x)
         return self.fc2(SiluProduct.apply(gate, up) if type(self.act) is nn.SiLU else self.act(gate) * up)
 
