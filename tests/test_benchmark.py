@@ -100,6 +100,22 @@ def test_a_report_divides_work_by_time_and_by_the_peak_of_the_same_round(capsys)
     assert rows["fp32, time per image, batch 4 / batch 2"] == (1.0, 1.0, 2.0)
 
 
+def test_a_profile_divides_a_step_among_kinds_of_operations(capsys):
+    x = torch.randn(64, 64, requires_grad=True)
+    q = torch.randn(1, 1, 64, 64)
+
+    def step():
+        (x @ x).bfloat16().sum().backward()
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    shares = train.profile(step, CPU)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(shares[kind] > 0 for kind in ("matrix products", "attention", "casts, copies", "the rest"))
+    assert shares["optimizer"] == shares["layer norms"] == 0
+    train.report_profile({"fp32": shares}, 4)
+    assert "matrix products" in capsys.readouterr().out
+
+
 def test_memory_of_a_step_is_said_in_parts(tiny):
     parts = train.memory_of_a_step("d12-d12", 2, CPU, False)
     n_trained = train.build_trainer("d12-d12", CPU).trained_parameters

@@ -41,7 +41,9 @@ def test_both_ways_of_loading_give_nearly_the_same_images(capsys):
 
 def test_waiting_is_measured_in_an_epoch_that_fills_the_cache_and_one_that_reads_it(monkeypatch):
     model = {**settings()["model"], "vae": "stable_diffusion", "patch_size": 2, "latent_channels": 4}
-    monkeypatch.setattr(data, "preset_config", lambda preset, **_: build_config(img_size=64, vae_hub_path=None, **model))
+    monkeypatch.setattr(
+        data, "preset_config", lambda preset, **_: build_config(img_size=64, vae_hub_path=None, **model)
+    )
     encoded, moments = [], StableDiffusionVAE.moments
     monkeypatch.setattr(StableDiffusionVAE, "moments", lambda vae, x: encoded.append(len(x)) or moments(vae, x))
     options = arguments(data, "--source-size", "96", "--image-size", "64", "--wait-steps", "2")

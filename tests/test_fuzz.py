@@ -541,7 +541,9 @@ def test_small_files_that_ask_for_much_memory_are_refused_before_they_get_it(tmp
     if form == "bare pickle":
         path.write_bytes(value)
     elif form == "legacy":
-        saved(tmp_path, {"model_state_dict": Reduced(bytearray, (1_000_000_000,))}, _use_new_zipfile_serialization=False)
+        saved(
+            tmp_path, {"model_state_dict": Reduced(bytearray, (1_000_000_000,))}, _use_new_zipfile_serialization=False
+        )
     else:
         saved(tmp_path, {"model_state_dict": TINY})
         with zipfile.ZipFile(path) as archive:

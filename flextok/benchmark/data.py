@@ -74,9 +74,7 @@ def difference(a: List[torch.Tensor], b: List[torch.Tensor]) -> dict:
     }
 
 
-def waiting(
-    arguments: argparse.Namespace, batch_size: int, device: torch.device, dtype: torch.dtype
-) -> List[float]:
+def waiting(arguments: argparse.Namespace, batch_size: int, device: torch.device, dtype: torch.dtype) -> List[float]:
     """Shares of the time that a training with `cache_latents` waits for batches, in its first and its second epoch.
 
     In the first, images are read and go through the VAE; in the second, latents come from the cache.
@@ -141,7 +139,9 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
         reached = "yes" if result["waiting"][1] < WAIT_TARGET else "NO"
         print(f"{arguments.preset}, batch {batch_size}: share of the time that training waits for batches")
         print(f"  {'first epoch: images, VAE':<46} {result['waiting'][0]:9.4f}")
-        print(f"  {'second epoch: latents from the cache':<46} {result['waiting'][1]:9.4f}  below {WAIT_TARGET}: {reached}")
+        print(
+            f"  {'second epoch: latents from the cache':<46} {result['waiting'][1]:9.4f}  below {WAIT_TARGET}: {reached}"
+        )
     return result
 
 

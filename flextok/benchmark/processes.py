@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="d12-d12", help="model: d12-d12, d18-d18 or d18-d28 (default: %(default)s)")
     parser.add_argument("--processes", type=at_least_1, metavar="N", help="at least 2 (default: all GPUs; 2 on a CPU)")
     parser.add_argument("--steps", type=at_least_1, default=3, metavar="N", help="steps a round (default: 3)")
-    parser.add_argument("--parallel", nargs="+", choices=("ddp", "fsdp"), default=["ddp", "fsdp"], help="(default: all)")
+    parser.add_argument(
+        "--parallel", nargs="+", choices=("ddp", "fsdp"), default=["ddp", "fsdp"], help="(default: all)"
+    )
 
 
 def free_port() -> int:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import multiprocessing
+import re
 import resource
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List
@@ -19,7 +20,7 @@ from ..model.builder import preset_config
 from ..model.layers.attention import Attention
 from ..utils.dtypes import name_of
 from ..utils.processes import rank, world_size
-from .timing import alternate, matmul_arm, ratio, report_ratios, report_seconds, spread
+from .timing import alternate, matmul_arm, ratio, report_ratios, report_seconds, spread, synchronize
 
 IMG_SIZE = 256
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="d12-d12", help="model: d12-d12, d18-d18 or d18-d28 (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="time the steps with it")
+    parser.add_argument("--profile", action="store_true", help="also say where the time of a step goes")
     parser.add_argument("--memory-batch-size", type=int, default=8, metavar="N", help="0: skip memory (default: 8)")
 
 
@@ -130,8 +132,40 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     print(f"model: {flops / 1e12:.4f} TFLOP per image and step, three times its forward pass")
     result.update(flops_per_image=flops, seconds=times)
     result["arms"] = report_steps(times, flops, peak_flops)
+    if arguments.profile:
+        n = arguments.batch_sizes[-1]
+        result["profile"] = {name: profile(step_arm(trainers[""], n, d), device) for name, d in dtypes.items()}
+        report_profile(result["profile"], n)
     result["ratios"] = report_ratios(step_ratios(result["arms"], times, arguments.batch_sizes, list(dtypes)))
     return result
+
+
+KINDS = {  # of operations (on GPUs kernels), by what their names hold
+    "attention": "scaled_dot_product|flash|fmha|attention",
+    "matrix products": r"::(addmm|mm|bmm|linear)\b|mkldnn|gemm|cutlass|xmma|nvjet",
+    "optimizer": "adam|Adam",
+    "casts, copies": "copy|Copy|::cat|Cat|memcpy|Memcpy",
+    "layer norms": "layer_norm|LayerNorm",
+}
+
+
+def profile(step: Callable[[], Any], device: torch.device) -> Dict[str, float]:
+    """Shares of a step's time by kind of operation, each in itself."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * (device.type == "cuda")) as profiler:
+        step()
+        synchronize(device)
+    seconds = dict.fromkeys([*KINDS, "the rest"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), "the rest")
+        seconds[kind] += event.self_cpu_time_total if device.type == "cpu" else event.self_device_time_total
+    return {kind: value / sum(seconds.values()) for kind, value in seconds.items()}
+
+
+def report_profile(shares: Dict[str, Dict[str, float]], batch_size: int) -> None:
+    print(f"\nwhere the time of a step with {batch_size} images goes, by PyTorch's profiler")
+    for kind in next(iter(shares.values())):
+        print(f"  {kind:<20}", "  ".join(f"{name} {parts[kind]:6.1%}" for name, parts in shares.items()))
 
 
 def report_steps(times: Dict[str, List[float]], flops: int, peak_flops: Dict[str, float]) -> Dict[str, dict]:

@@ -276,7 +276,8 @@ class CachedValues:
         self._store(cache, index, values)
         values = values[torch.arange(len(index), device=device), flip_there.long()]
         if stored.any():
-            values[stored.to(device)] = cache.read(index[stored], flip[stored]).to(device)
+            where = stored.nonzero().squeeze(1)  # places, not a mask, with which a GPU would have to be waited for
+            values[where.to(device, non_blocking=True)] = cache.read(index[where], flip[where]).to(device)
         return values
 
     @staticmethod

@@ -157,9 +157,7 @@ def _check_pickles(path: Path) -> None:
 def _check_pickle(content: Any) -> None:
     """Raise ValueError for a pickle (bytes, or a file at its start) that asks for other things than `_PICKLED`."""
     for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name == "STACK_GLOBAL" or (
-            opcode.name in ("GLOBAL", "INST") and not _PICKLED.fullmatch(argument)
-        ):
+        if opcode.name == "STACK_GLOBAL" or (opcode.name in ("GLOBAL", "INST") and not _PICKLED.fullmatch(argument)):
             raise ValueError(f"it asks for {shown(argument)}, which is no part of a checkpoint")
 
 

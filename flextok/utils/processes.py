@@ -112,7 +112,9 @@ def load_one_process_first(load: Callable[[], T]) -> T:
             except Exception as exception:
                 error = exception
         failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}", _loading_group())
+        dist.all_gather_object(
+            failures, None if error is None else f"{type(error).__name__}: {error}", _loading_group()
+        )
         if any(failures):
             break
     if error is not None:
