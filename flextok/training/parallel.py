@@ -1,6 +1,7 @@
 """DDP or FSDP2 around what computes the losses; with one process neither is there."""
 
 import contextlib
+import warnings
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -31,7 +32,9 @@ def replicate(modules: List[nn.Module], compute: Callable[..., Dict[str, torch.T
     losses = Losses(modules, compute)
     if world_size() == 1 or not modules:
         return losses
-    return DistributedDataParallel(losses, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # the newer name of the argument is not known to older versions
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(losses, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def shard(parts: List[nn.Module], device: torch.device, dtype: Optional[torch.dtype]) -> None:
@@ -48,6 +51,8 @@ def shard(parts: List[nn.Module], device: torch.device, dtype: Optional[torch.dt
         raise ConfigError(
             "parallel: fsdp computes in bf16, which this device does not have: set use_amp: false, or ddp"
         )
+    # Nothing here changes what a part returns in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (world_size(),))
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     policy = whole
