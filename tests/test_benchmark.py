@@ -193,6 +193,21 @@ def test_numbers_are_written_and_without_a_name_all_benchmarks_run(tmp_path, mon
     assert "all numbers: benchmark/train.json" in capsys.readouterr().out
 
 
+def test_a_benchmark_that_cannot_run_here_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def refuse(*_):
+        raise UserError("there is one GPU")
+
+    for name, (module, _) in BENCHMARKS.items():
+        run = refuse if name == "processes" else lambda *_, name=name: ran.append(name) or {}
+        monkeypatch.setattr(module, "run", run)
+    monkeypatch.chdir(tmp_path)
+    main([])
+    assert ran == [name for name in BENCHMARKS if name != "processes"]
+    assert "processes: there is one GPU" in capsys.readouterr().out
+
+
 def test_an_unknown_device_is_one_line():
     result = benchmark("repa", "--device", "tpu")
     assert result.returncode == 1 and result.stderr.strip() == "error: --device is 'tpu', expected cpu, cuda or cuda:N"

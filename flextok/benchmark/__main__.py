@@ -10,7 +10,7 @@ import torch
 
 from ..utils.devices import chosen_device
 from ..utils.dtypes import DTYPES, computes_bf16
-from ..utils.errors import run_command
+from ..utils.errors import UserError, run_command
 from . import data, processes, repa, sample, scale, startup, train
 from .timing import at_least_1
 
@@ -57,7 +57,10 @@ def main(command_line: Optional[List[str]] = None) -> None:
     arguments = parser.parse_args(command_line)
     if arguments.benchmark is None:
         for name in BENCHMARKS:
-            main([name])
+            try:
+                main([name])
+            except UserError as error:  # such as one GPU, where `processes` needs two
+                print(f"{name}: {error}\n")
         return
     device = chosen_device(arguments.device)
     arguments.batch_sizes = arguments.batch_sizes or [4 if device.type == "cpu" else 32]
