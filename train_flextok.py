@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 import contextlib
 import datetime
+import functools
 import itertools
 import logging
 import math
@@ -61,12 +62,14 @@ from flextok.training.checkpoints import (
     prune_checkpoints,
     readable_checkpoint,
     save_checkpoint,
+    stored_config,
 )
 from flextok.training.config import TrainConfig, load_config, write_config
 from flextok.training.ema import EMA
 from flextok.training.guard import AskedToStop, LateFlags, Stopped, StopRequest
 from flextok.training.logs import MetricsLog
 from flextok.training.models import (
+    build_readout,
     build_repa_module,
     check_image_size,
     check_repa_model,
@@ -74,12 +77,22 @@ from flextok.training.models import (
     known_model_config,
     load_model,
     set_vae_dtype,
+    settled,
 )
 from flextok.training.parallel import exchanging, full, replicate, shard, sharded_like, whole
 from flextok.training.pictures import save_curves, save_grid
-from flextok.training.summary import summary
+from flextok.training.summary import summary, what_was_learned
+from flextok.training.token_use import (
+    POSITIONS,
+    code_metrics,
+    flow_loss_names,
+    flow_losses,
+    psnr,
+    reconstructions,
+    tokens_warning,
+)
 from flextok.utils.checkpoint import CheckpointError, check_weights, load_weights
-from flextok.utils.config import ConfigError
+from flextok.utils.config import ConfigError, nearest
 from flextok.utils.devices import chosen_device, return_freed_memory
 from flextok.utils.dtypes import autocast_dtype, precision
 from flextok.utils.errors import UserError
@@ -102,6 +115,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("flextok")
 
 VALIDATION_SEED = 0  # validation draws the same numbers in every run, so that curves compare across runs
+MEAN_IMAGES = 1000  # training images, about, whose mean pictures are compared with
 EXPORT = "export"
 PROJECTOR_GROUP = "repa_projector"  # its optimizer group
 CACHED_FEATURES, LAYER_LOSSES = "repa_cached_features", "repa_layer_losses"  # in the data_dict
@@ -128,8 +142,9 @@ class FlexTokTrainer:
         device: Union[str, torch.device],
         run_dir: Optional[Path] = None,
     ):
-        self.config = config if isinstance(config, TrainConfig) else TrainConfig.from_dict(config)
+        config = config if isinstance(config, TrainConfig) else TrainConfig.from_dict(config)
         self.device = torch.device(device)
+        self.config = settled(config, model, self.device)
         if self.device.type == "cpu" and self.config.gradient_checkpointing:
             return_freed_memory()
         self.model = model.to(self.device)
@@ -147,11 +162,13 @@ class FlexTokTrainer:
             self.repa_layers = transformer.intermediate_layers = check_repa_model(self.model, self.config.repa_layers)
             self.repa_module = build_repa_module(self.config, self.model, self.device)
         self.projectors = self.repa_module.projectors if self.use_repa else []
+        self.readout = build_readout(self.config, self.model)
+        self.readouts = [] if self.readout is None else [self.readout.to(self.device)]
         self.feature_cache: "Optional[CachedValues]" = None  # opened when training starts
         self.latent_cache: "Optional[CachedValues]" = None
         self.autocast_dtype = autocast_dtype(self.device) if self.config.use_amp else None
         if self.config.parallel == "fsdp":
-            shard([self.model.encoder, self.model.decoder, *self.projectors], self.device, self.autocast_dtype)
+            shard(self._parts(), self.device, self.autocast_dtype)
         self.optimizer = self._build_optimizer()  # after the REPA module: its projector is trained too
         if world_size() > 1 and not isinstance(train_loader.batch_sampler, GlobalBatchSampler):
             raise ConfigError("with several processes the loaders are those of flextok.data.loader.build_loaders")
@@ -168,7 +185,10 @@ class FlexTokTrainer:
         self.losses = self._parallel_losses()
 
         self.global_step = 0  # optimizer steps done
-        self.best_val_loss = math.inf
+        self.best_val_loss = math.inf  # of best_metric; its negative where more is better
+        self.latest: Dict[str, float] = {}  # the last value of each metric
+        self.tokens_warning = ""
+        self.start_tokens: Optional[torch.Tensor] = None  # of the model that a fine-tuning started from
         self.constant_losses: Optional[Dict[str, float]] = None
         self.validation_due = False  # after the last step, but not done
         self.late_flags, self.stop_request = LateFlags(2, self.device), StopRequest()
@@ -179,6 +199,7 @@ class FlexTokTrainer:
         self.data_identity = self._data_identity()
         self.broken_files, self.broken_since = BrokenFiles(max(1, len(train_loader.dataset))), []
         self.broken_val_files = BrokenFiles(max(1, len(val_loader.dataset) if val_loader is not None else 1))
+        self._check_best_metric()
 
     # ------------------------------------------------------------------------------------------------------- set-up
 
@@ -201,7 +222,7 @@ class FlexTokTrainer:
 
     def _parallel_losses(self) -> torch.nn.Module:
         """`compute_loss` as a module whose backward pass exchanges the gradients of several processes."""
-        modules = [self.model, *([] if self.repa_ended else self.projectors)]
+        modules = [self.model, *([] if self.repa_ended else self.projectors), *self.readouts]
         compute = lambda *arguments: self.compute_loss(*arguments)  # noqa: E731 (also one that was put in its place)
         return replicate([] if self.config.parallel == "fsdp" else modules, compute)
 
@@ -209,6 +230,8 @@ class FlexTokTrainer:
         parts = {"encoder": self.model.encoder, "decoder": self.model.decoder, "vae": self.model.vae}
         if self.use_repa:
             parts[PROJECTOR_GROUP] = self.repa_module.projector
+        if self.readout is not None:
+            parts["readout"] = self.readout
         groups = [
             {"name": name, "params": [p for p in parts[name].parameters() if p.requires_grad], "lr": lr}
             for name, lr in self.config.learning_rates().items()
@@ -226,6 +249,10 @@ class FlexTokTrainer:
         """Linear warm-up to each group's rate, then its course down to min_lr, reached at the last step."""
         config, last = self.config, self.total_steps - 1
         warmup = config.warmup_steps
+        flat = [g["name"] for g in self.optimizer.param_groups if config.scheduler != "none" and g["lr"] <= config.min_lr]
+        if flat:
+            log.warning("min_lr is %g, no less than the learning rate of %s: it does not fall after the warm-up",
+                        config.min_lr, ", ".join(flat))  # fmt: skip
         if warmup > last:
             log.warning("warmup_steps is %d, but the run has %d steps: the learning rate never leaves its warm-up",
                         warmup, self.total_steps)  # fmt: skip
@@ -257,8 +284,8 @@ class FlexTokTrainer:
             random: The batch's random draws; None: those of the current step, for a global batch of this one alone.
 
         Returns:
-            `loss` (what is minimised), `flow_loss`, `repa_loss` (0 if `use_repa` is false), and `vae_loss` if the VAE
-            is trained.
+            `loss` (what is minimised), `flow_loss`, `repa_loss` (0 if `use_repa` is false), `vae_loss` if the VAE is
+            trained, and in training `readout_loss` if there is a read-out.
         """
         n = batch_size(batch)
         random = random or self._batch_random(batch, n, 0, n)
@@ -277,6 +304,10 @@ class FlexTokTrainer:
         velocity = data_dict[noise_module.noise_write_key] - data_dict[noise_module.clean_images_read_key]
         flow_loss = F.mse_loss(data_dict[model.pipeline.reconst_write_key].float(), velocity.float())
         loss = flow_loss + losses.get("vae_loss", 0.0)
+        if self.readout is not None and model.training:
+            latents, quants = data_dict[noise_module.clean_images_read_key], data_dict[model.regularizer.quants_write_key]
+            losses["readout_loss"] = self.readout(quants, latents, random)
+            loss = loss + self.readout_weight_in_force * losses["readout_loss"]
         repa_loss = torch.zeros((), device=self.device)
         if self.repa_active:
             repa_loss = self.compute_repa_loss(data_dict, images)
@@ -294,6 +325,11 @@ class FlexTokTrainer:
     def repa_weight_in_force(self) -> float:
         """Weight of the REPA loss at the current step, by its schedule."""
         return self.repa_weight * self.config.repa_weight_factor(self.global_step)
+
+    @property
+    def readout_weight_in_force(self) -> float:
+        """Weight of the read-out's loss at the current step."""
+        return self.config.readout_weight if self.global_step < (self.config.readout_steps or math.inf) else 0.0
 
     def compute_repa_loss(self, data_dict: dict, images: Optional[torch.Tensor]) -> torch.Tensor:
         """Minus the mean cosine similarity of projected decoder features and the frozen encoder's, fp32, in [-1, 1].
@@ -374,6 +410,8 @@ class FlexTokTrainer:
                         disable=rank() > 0)  # fmt: skip
         self._restart_clock()
         try:
+            if self.global_step == 0 and self._fine_tunes():
+                self.start_tokens = self._validate_tokens()[1]
             if self.feature_cache is None or (self.global_step == 0 and self._cache_is_complete()):
                 self._log_constant_losses()
             with self.stop_request.listening():
@@ -441,7 +479,7 @@ class FlexTokTrainer:
         for i, (batch, size) in enumerate(zip(window, sizes)):
             random = self._batch_random(batch, size, sum(sizes[:i]), total)
             share = size / total  # every image of the step weighs the same, also in a last, smaller batch
-            with exchanging(self.losses, self._sharded_parts(), i == len(window) - 1):
+            with exchanging(self.losses, self._parts(), i == len(window) - 1):
                 losses = self.losses(batch, random)
                 # The exchange takes the mean over processes, but theirs are parts of a sum.
                 self.scaler.scale(losses["loss"] * (share * world_size())).backward()
@@ -466,8 +504,8 @@ class FlexTokTrainer:
             self.ema.update(self.global_step, skip=flags[0])
         return means, grad_norm, flags
 
-    def _sharded_parts(self) -> List[torch.nn.Module]:
-        return [self.model.encoder, self.model.decoder, *self.projectors] if self.config.parallel == "fsdp" else []
+    def _parts(self) -> List[torch.nn.Module]:
+        return [self.model.encoder, self.model.decoder, *self.projectors, *self.readouts]
 
     def _train_step(self, window: List, epoch: int, progress: tqdm) -> None:
         config = self.config
@@ -595,9 +633,16 @@ class FlexTokTrainer:
         """Write the latest checkpoint, after a validation if one is due; the best and kept ones are links to it."""
         best = False
         if self.validation_due:
-            flow_loss = self.validate()["val/flow_loss"]
+            metrics = self.validate()
+            if self.config.best_metric.startswith("val/psnr"):
+                self.visualize()
+                metrics = self.latest
             self.validation_due = False
-            best, self.best_val_loss = flow_loss < self.best_val_loss, min(flow_loss, self.best_val_loss)
+            more_is_better = self.config.best_metric.startswith(("val/psnr", "val/codes"))
+            value = metrics[self.config.best_metric] * (-1 if more_is_better else 1)
+            best = value < self.best_val_loss
+            if best:
+                self.best_val_loss = value
         if self.feature_cache is not None and self.global_step % self.steps_per_epoch == 0:
             self._use_complete_cache()
         self.save_checkpoint()
@@ -743,7 +788,7 @@ class FlexTokTrainer:
         n, broken = 0, []
         total = self._n_val_images()
         sampler = self.val_loader.batch_sampler
-        with self._averaged_weights(), evaluating(self.model), self._uncompiled():
+        with self._evaluating():
             for i, batch in enumerate(self._val_batches()):
                 self._raise_if_asked_to_stop()
                 size = batch_size(batch)
@@ -761,8 +806,79 @@ class FlexTokTrainer:
             for name, value in sums.items()
             if name != "repa_loss" or self.repa_active
         }
+        token_metrics, tokens = self._validate_tokens()
+        metrics.update(token_metrics)
+        if self.start_tokens is not None and tokens is not None:
+            metrics["val/codes_kept"] = float((tokens == self.start_tokens).float().mean())
         self._write_metrics(metrics)
+        self._warn_of_tokens(tokens_warning(tokens))
         return metrics
+
+    @torch.no_grad()
+    def _validate_tokens(self) -> Tuple[Dict[str, float], Optional[torch.Tensor]]:
+        """Metrics of the tokens of `val_token_images` images, spread over the validation set, and those tokens [N, L].
+
+        Each process computes them all: they are few.
+        """
+        n = 0 if self.val_loader is None else min(self.config.val_token_images, len(self.val_loader.dataset))
+        if n == 0:
+            return {}, None
+        model, sums, tokens = self.model, {}, []
+        indices = [i * len(self.val_loader.dataset) // n for i in range(n)]
+        images = torch.utils.data.Subset(self.val_loader.dataset, indices)
+        with self._evaluating():
+            for batch in plain_batches(images, self.config.val_batch_size or self.config.batch_size, 0):
+                self._raise_if_asked_to_stop()
+                first = sum(map(len, tokens))
+                positions = torch.arange(first, first + len(batch), device=self.device)
+                random = BatchRandom(VALIDATION_SEED, -3, positions, n)
+                data_dict = {model.vae.images_read_key: batch.to(self.device), RANDOM_KEY: random}
+                encoded = model.encode(data_dict)
+                tokens.append(encoded[model.regularizer.tokens_write_key])
+                for name, value in flow_losses(model, encoded, random).items():
+                    sums[name] = sums.get(name, 0.0) + value * len(batch) / n
+        tokens = torch.cat(tokens).cpu()
+        metrics = {name: float(value) for name, value in sums.items()}
+        metrics.update(code_metrics(tokens, model.regularizer.codebook_size))
+        return {f"val/{name}": value for name, value in metrics.items()}, tokens
+
+    def _fine_tunes(self) -> bool:
+        """Whether the run starts from codes that someone may have built on."""
+        config = self.config
+        return config.model is None and not config.train_from_scratch and config.fsq_levels is None
+
+    def _warn_of_tokens(self, warning: str) -> None:
+        """Say what is wrong with the tokens, once the warm-up is over, and again when it is something else."""
+        if self.global_step < self.config.warmup_steps:
+            return
+        if warning and warning != self.tokens_warning:
+            log.warning("step %d: %s", self.global_step, warning)
+        self.tokens_warning = warning
+
+    def _check_best_metric(self) -> None:
+        """Raise ConfigError unless validations log `best_metric`."""
+        config, n = self.config, self.model.n_registers
+        names = ["loss", "flow_loss", *["vae_loss"] * config.train_vae, *["repa_loss"] * config.use_repa]
+        if config.val_token_images:
+            names += flow_loss_names(n) + [f"codes_{what}_{p}" for what in ("distinct", "entropy") for p in POSITIONS]
+            names += ["codes_kept"] * self._fine_tunes()
+        names = [f"val/{name}" for name in names + [f"psnr_k{k}" for k in self.vis_token_counts]]
+        if config.best_metric not in names:
+            raise ConfigError(
+                f"best_metric is {config.best_metric}, which this run does not log{nearest(config.best_metric, names)}: "
+                f"expected one of {', '.join(names)}"
+            )
+
+    @property
+    def vis_token_counts(self) -> List[int]:
+        """Token counts of pictures: those of the settings, up to what the model has."""
+        return sorted({min(k, self.model.n_registers) for k in self.config.vis_token_counts})
+
+    @contextlib.contextmanager
+    def _evaluating(self):
+        """Evaluation mode with the averaged weights, in the training's precision, not compiled."""
+        with self._averaged_weights(), evaluating(self.model), self._uncompiled(), self.autocast():
+            yield
 
     def _n_val_images(self) -> int:
         """Images that all processes together validate on, each once."""
@@ -820,45 +936,57 @@ class FlexTokTrainer:
     def visualize(self) -> Optional[Path]:
         """Write the flexible-length grid: VAE reconstruction | k tokens ... | original."""
         loader = self.val_loader or self.train_loader
-        n = min(self.config.num_vis_images, len(loader.dataset))
+        model, vae, config, counts = self.model, self.model.vae, self.config, self.vis_token_counts
+        n_pictured = min(config.num_vis_images, len(loader.dataset))
+        n = min(max(n_pictured, config.num_psnr_images or 0), len(loader.dataset))
+        sampler = dict(
+            timesteps=config.inference_steps, guidance_scale=config.guidance_scale,
+            perform_norm_guidance=config.perform_norm_guidance,
+        )  # fmt: skip
+        rows: Dict[str, List[torch.Tensor]] = {}
         subset = torch.utils.data.Subset(loader.dataset, range(n))
-        images = next(plain_batches(subset, n, 0)).to(self.device)
-        model, vae, config = self.model, self.model.vae, self.config
-        counts = sorted({min(k, model.n_registers) for k in config.vis_token_counts})
-        random = BatchRandom(VALIDATION_SEED, -2, torch.arange(n, device=self.device))
-        with self._averaged_weights(), evaluating(model), self._uncompiled(), self.autocast():
-            encoded = model.encode({vae.images_read_key: images, RANDOM_KEY: random})
-            latents = encoded[vae.vae_latents_write_key]
-            columns = [vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key]]
-            quants = encoded[model.regularizer.quants_write_key]
-            noise = random.normal("picture", latents.shape[1:])
-            for k in counts:
-                self._raise_if_asked_to_stop()
-                data_dict = {
-                    model.pipeline.latents_read_key: quants,
-                    model.pipeline.noise_read_key: noise,
-                    **{
-                        m.eval_keep_k_read_key: [k] * n
-                        for m in model.decoder.modules()
-                        if hasattr(m, "eval_keep_k_read_key")
-                    },
-                }
-                data_dict = model.decode(
-                    data_dict, timesteps=config.inference_steps, guidance_scale=config.guidance_scale,
-                    perform_norm_guidance=config.perform_norm_guidance,
-                )  # fmt: skip
-                columns.append(data_dict[vae.images_reconst_write_key])
-        titles = ["VAE", *(f"{k} token{'s' if k > 1 else ''}" for k in counts), "original"]
+        with self._evaluating():
+            for i, images in enumerate(plain_batches(subset, n_pictured, 0)):
+                images = images.to(self.device)
+                positions = torch.arange(i * n_pictured, i * n_pictured + len(images), device=self.device)
+                random = BatchRandom(VALIDATION_SEED, -2, positions)
+                encoded = model.encode({vae.images_read_key: images, RANDOM_KEY: random})
+                latents = encoded[vae.vae_latents_write_key]
+                decoded = vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key]
+                noise = random.normal("picture", latents.shape[1:])
+                shown = {"VAE": decoded.clamp(-1, 1)}
+                for k, reconstruction in reconstructions(
+                    model, encoded, noise, counts, self._raise_if_asked_to_stop, **sampler
+                ):
+                    shown[f"{k} token{'s' if k > 1 else ''}"] = reconstruction
+                for title, column in {**shown, "original": images}.items():
+                    rows.setdefault(title, []).append(column)
+        columns = {title: torch.cat(parts) for title, parts in rows.items()}
+        psnrs = [float(psnr(column, columns["original"]).mean()) for column in columns.values()][1:-1]
+        metrics = {f"val/psnr_k{k}": value for k, value in zip(counts, psnrs)}
+        mean_image = self._mean_image().expand_as(columns["original"])
+        metrics["val/psnr_mean_image"] = float(psnr(mean_image, columns["original"]).mean())
+        self._write_metrics(metrics)
+        self._warn_of_tokens(tokens_warning(psnr_by_count=dict(zip(counts, psnrs))) or self.tokens_warning)
         path = self.run_dir / "pictures" / f"flexible_length_{self.global_step:07d}.png"
         if rank() == 0:
             try:
-                save_grid([*columns, images], titles, path)
+                save_grid([column[:n_pictured] for column in columns.values()], list(columns), path)
             except OSError as error:
                 log.warning("the picture %s cannot be written: %s", path, error)
                 return None
         if self.metrics_log is not None:
             self.metrics_log.picture("visualizations/flexible_length", path, self.global_step)
         return path
+
+    @functools.cache  # noqa: B019 (one trainer, one image)
+    def _mean_image(self) -> torch.Tensor:
+        """Mean of up to 1,000 training images, [1, 3, H, W]: what a decoder without tokens can hope for."""
+        dataset = self.train_loader.dataset
+        indices = range(0, len(dataset), max(1, len(dataset) // MEAN_IMAGES))
+        batches = plain_batches(torch.utils.data.Subset(dataset, indices), self.config.batch_size, 0)
+        total = sum(batch.sum(dim=0, keepdim=True, dtype=torch.float64) for batch in batches)
+        return (total / len(indices)).float().to(self.device)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -879,6 +1007,8 @@ class FlexTokTrainer:
             "ema_model_state_dict": self.ema.state_dict(self.model) if self.ema is not None else None,
             "repa_module_state_dict": self.repa_module.state_dict() if self.use_repa else None,
             "repa_layers": self.repa_layers if self.use_repa else None,
+            "readout_state_dict": self.readout.state_dict() if self.readout is not None else None,
+            "start_tokens": self.start_tokens,
             "best_val_loss": self.best_val_loss,
             "constant_losses": self.constant_losses,
             "nonfinite_steps": self.nonfinite_steps,
@@ -942,6 +1072,11 @@ class FlexTokTrainer:
             raise CheckpointError(
                 f"{path} was trained {was} REPA: set use_repa accordingly, or start a new run from its export"
             )
+        if (self.readout is None) != (checkpoint.get("readout_state_dict") is None):
+            raise CheckpointError(
+                f"{path} was trained with readout_weight {then.get('readout_weight', 0.0)}, now it is "
+                f"{self.config.readout_weight}: set it back, or null, to continue; readout_steps ends it"
+            )
         self.global_step = checkpoint["global_step"]
         weights, sharded = checkpoint["model_state_dict"], self.model.state_dict()
         weights = {key: sharded_like(value, sharded.get(key)) for key, value in weights.items()}
@@ -957,6 +1092,10 @@ class FlexTokTrainer:
             self._end_repa()
         if self.use_repa:
             self._load_projector(checkpoint, str(path))
+        if self.readout is not None:
+            sharded = self.readout.state_dict()
+            state = {key: sharded_like(value, sharded.get(key)) for key, value in checkpoint["readout_state_dict"].items()}
+            load_weights(self.readout, state, f"{path} (readout)")
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             optimizer_state = checkpoint["optimizer_state_dict"]
@@ -984,7 +1123,9 @@ class FlexTokTrainer:
         if self.ema is not None:
             averages = checkpoint["ema_model_state_dict"] or checkpoint["model_state_dict"]
             self.ema.load_state_dict(check_weights(self.model, averages, f"{path} (averages)"))
-        self.best_val_loss = checkpoint["best_val_loss"]
+        if then.get("best_metric", "val/flow_loss") == self.config.best_metric:
+            self.best_val_loss = checkpoint["best_val_loss"]
+        self.start_tokens = checkpoint.get("start_tokens")
         self.constant_losses = checkpoint["constant_losses"]
         self.nonfinite_steps = int(checkpoint.get("nonfinite_steps", 0))
         self.validation_due = bool(checkpoint.get("validation_due", False))
@@ -1041,6 +1182,7 @@ class FlexTokTrainer:
         self.wandb_id = self.metrics_log.wandb_id or self.wandb_id
 
     def _write_metrics(self, metrics: Dict[str, float]) -> None:
+        self.latest.update(metrics)
         if self.metrics_log is not None:
             self.metrics_log.write(metrics, self.global_step)
 
@@ -1137,6 +1279,7 @@ def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device
     run_dir, checkpoint = from_first(lambda: run_folder(arguments, config))
     if config.use_repa:
         check_repa_settings(config, device)
+    resumed = stored_config(checkpoint) if checkpoint is not None else None
     train_dataset, val_dataset = build_datasets(config)
     model_config = known_model_config(config)
     with torch.device("meta"):
@@ -1148,6 +1291,7 @@ def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device
         check_image_size(skeleton, config.img_size)
         if config.use_repa:
             check_repa_model(skeleton, config.repa_layers)
+    config = settled(config, skeleton, device, resumed)
     if rank() == 0:
         print(summary(config, skeleton, train_dataset, val_dataset, device, run_dir, checkpoint), flush=True)
     if arguments.check:
@@ -1161,7 +1305,7 @@ def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device
     trainer.train(arguments.max_steps)
     if rank() == 0:
         print(f"""
-Done: {trainer.global_step} steps.
+Done: {trainer.global_step} steps.{what_was_learned(trainer.latest, trainer.tokens_warning)}
   pictures   {run_dir / "pictures"}
   curves     {run_dir / "curves.png"}
   metrics    {run_dir / "metrics.jsonl"}

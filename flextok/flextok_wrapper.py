@@ -77,6 +77,11 @@ class FlexTok(nn.Module):
         """Largest number of tokens per image."""
         return next(module.n_max for module in self.encoder.modules() if hasattr(module, "n_max"))
 
+    def kept_tokens(self, counts: Sequence[int]) -> dict:
+        """Entries of a data_dict that let the decoder see the first counts[i] tokens of image i, in evaluation mode."""
+        keys = {m.eval_keep_k_read_key for m in self.decoder.modules() if hasattr(m, "eval_keep_k_read_key")}
+        return {key: list(counts) for key in keys}
+
     @dense_batches
     def forward(self, data_dict: dict) -> dict:
         """Training pass: encode, quantise, noise the latents, predict the velocity (and leave REPA's activations)."""
@@ -164,9 +169,7 @@ class FlexTok(nn.Module):
             lengths.append(len(row))
         quants = self.regularizer.indices_to_embedding(padded.to(self.device))
         data_dict[self.regularizer.quants_write_key] = list(quants.split(1)) if isinstance(tokens, list) else quants
-        for module in self.decoder.modules():
-            if hasattr(module, "eval_keep_k_read_key"):
-                data_dict.setdefault(module.eval_keep_k_read_key, lengths)
+        data_dict.update({**self.kept_tokens(lengths), **data_dict})
 
 
 class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):

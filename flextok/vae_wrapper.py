@@ -1,13 +1,15 @@
 """Images to latents and back."""
 
+import math
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .utils.batching import dense_batches
+from .utils.config import ConfigError
 from .utils.dtypes import parse_dtype, precision
 from .utils.random import BatchRandom
 
@@ -197,16 +199,94 @@ class PixelUnshuffleVAE(nn.Module):
             return data_dict
         images = data_dict[self.images_read_key]
         _check_images(images, self.downsample_factor)
-        latents = F.pixel_unshuffle(images.float(), self.downsample_factor)
-        data_dict[self.vae_latents_write_key] = latents * self.scaling_factor
+        data_dict[self.vae_latents_write_key] = self.to_latents(images.float()) * self.scaling_factor
         return data_dict
 
     @dense_batches
     def decode(self, data_dict: dict) -> dict:
         """Latents -> images, the exact inverse of `encode`."""
         latents = data_dict[self.vae_latents_read_key].float() / self.scaling_factor
-        data_dict[self.images_reconst_write_key] = F.pixel_shuffle(latents, self.downsample_factor)
+        data_dict[self.images_reconst_write_key] = self.to_images(latents)
         return data_dict
+
+    def to_latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] -> unscaled latents [B, latent_channels, H / factor, W / factor]."""
+        return F.pixel_unshuffle(images, self.downsample_factor)
+
+    def to_images(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_latents`."""
+        return F.pixel_shuffle(latents, self.downsample_factor)
+
+
+# Typical standard deviations of an image's block coefficients, per pixel of the block's side: brightness and the two
+# colour differences at frequency 0; they fall as 1 / (1 + DCT_DECAY * frequency). Measured on emoji.
+DCT_STD, DCT_DECAY = (0.8, 0.25, 0.12), 1.7
+# Brightness, red against blue, green against both: orthonormal.
+OPPONENT_COLOURS = ((1, 1, 1), (1, 0, -1), (1, -2, 1))
+
+
+class BlockDCTVAE(PixelUnshuffleVAE):
+    """A fixed stand-in for a VAE that compresses: the lowest frequencies of each factor x factor block of pixels.
+
+    Brightness and two colour differences of a block go through an orthonormal two-dimensional DCT; the coefficients of
+    lowest frequency are kept, the rest is lost. Nothing is learned. A few numbers per patch are what a small decoder
+    can predict, and each has about unit variance, as the latents of a VAE.
+
+    Args:
+        factor: Side of a block in pixels.
+        coefficients: Kept coefficients of brightness and of each colour difference; [n, 0] is grey.
+        scaling_factor: Factor on the latents.
+    """
+
+    def __init__(
+        self,
+        images_read_key: str = "rgb",
+        vae_latents_read_key: str = "vae_latents_reconst",
+        vae_latents_write_key: str = "vae_latents",
+        images_reconst_write_key: str = "rgb_reconst",
+        factor: int = 8,
+        coefficients: Sequence[int] = (10, 3),
+        scaling_factor: float = 1.0,
+        force_vae_encode: bool = True,
+    ):
+        super().__init__(
+            images_read_key, vae_latents_read_key, vae_latents_write_key, images_reconst_write_key, factor,
+            scaling_factor, force_vae_encode,
+        )  # fmt: skip
+        check_coefficients(coefficients, factor)
+        n = torch.arange(factor, dtype=torch.float64)
+        dct = (math.pi * n[:, None] * (2 * n + 1) / (2 * factor)).cos() * math.sqrt(2 / factor)
+        dct[0] /= math.sqrt(2)
+        frequencies = [(u, v) for u in range(factor) for v in range(factor)]
+        frequencies.sort(key=lambda uv: (math.hypot(*uv), uv))
+        rows, stds = [], []
+        for colour, std, kept in zip(OPPONENT_COLOURS, DCT_STD, (coefficients[0], coefficients[1], coefficients[1])):
+            colour = torch.tensor(colour, dtype=torch.float64)
+            for u, v in frequencies[:kept]:
+                rows.append(torch.einsum("c,i,j->cij", colour / colour.norm(), dct[u], dct[v]).flatten())
+                stds.append(std * factor / (1 + DCT_DECAY * math.hypot(u, v)))
+        rows, stds = torch.stack(rows), torch.tensor(stds, dtype=torch.float64)[:, None]
+        self.latent_channels = len(rows)
+        self.register_buffer("analysis", (rows / stds).float(), persistent=False)  # [latent_channels, 3 * factor^2]
+        self.register_buffer("synthesis", (rows * stds).float(), persistent=False)
+
+    def to_latents(self, images: torch.Tensor) -> torch.Tensor:
+        with precision(images.device, torch.float32):
+            return torch.einsum("kc,bchw->bkhw", self.analysis, super().to_latents(images))
+
+    def to_images(self, latents: torch.Tensor) -> torch.Tensor:
+        with precision(latents.device, torch.float32):
+            return super().to_images(torch.einsum("kc,bkhw->bchw", self.synthesis, latents))
+
+
+def check_coefficients(coefficients: Sequence[int], factor: int, name: str = "coefficients") -> None:
+    """Raise ConfigError unless BlockDCTVAE can keep so many coefficients of a block of factor x factor pixels."""
+    valid = isinstance(coefficients, (list, tuple)) and [type(n) for n in coefficients] == [int, int]
+    if not valid or not 1 <= coefficients[0] <= factor**2 or not 0 <= coefficients[1] <= factor**2:
+        raise ConfigError(
+            f"{name} is {coefficients}, expected two whole numbers: coefficients of brightness, 1 to {factor**2} (a "
+            f"block has {factor}x{factor} pixels), and of each colour difference, 0 to {factor**2}"
+        )
 
 
 def _check_images(images: torch.Tensor, factor: int) -> None:

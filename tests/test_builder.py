@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,10 +103,11 @@ EFFECTS = {
     "use_act_checkpoint": (True, lambda m: m.decoder.module_dict["dec_transformer"].use_act_checkpoint),
 }
 NEEDS_STABLE_DIFFUSION = {"latent_channels", "vae_hub_path"}
+NEEDS_DCT = {"dct_coefficients"}
 
 
 def test_the_table_of_effects_covers_every_argument():
-    assert EFFECTS.keys() | NEEDS_STABLE_DIFFUSION == inspect.signature(build_config).parameters.keys()
+    assert EFFECTS.keys() | NEEDS_STABLE_DIFFUSION | NEEDS_DCT == inspect.signature(build_config).parameters.keys()
 
 
 @pytest.mark.parametrize("argument", sorted(EFFECTS.keys() - {"vae"}))
@@ -271,3 +273,38 @@ def test_the_heads_start_decides_whether_images_start_with_tokens_of_their_own(s
     torch.manual_seed(0)
     tokens = torch.cat(FlexTokFromHub(tiny_config(encoder_head_init=style)).tokenize(make_images(4)))
     assert len(tokens.unique(dim=0)) == n_distinct
+
+
+def arguments_of(config, path: str = "") -> dict:
+    """Arguments by the place in a config where a `_target_` gets them."""
+    found = {}
+    if isinstance(config, dict):
+        if "_target_" in config:
+            found[path, config["_target_"]] = {key for key in config if not key.startswith("_")}
+        for key, value in config.items():
+            found.update(arguments_of(value, f"{path}.{key}"))
+    return found
+
+
+def test_exports_have_every_argument_of_the_published_config():
+    """Constructors of the published package have arguments without defaults, which its own configs all give."""
+    reference = Path(__file__).parent / "golden" / "tiny" / "reference.json"
+    published = arguments_of(json.loads(reference.read_text())["config"])
+    built = arguments_of(build_config())
+    for place, arguments in published.items():
+        if place[0]:  # the top is a FlexTok there, its parts here
+            assert arguments <= built[place], place
+    heads = [arguments for (_, target), arguments in built.items() if target.endswith("Head")]
+    assert len(heads) == 2 and all("use_mup_readout" in arguments for arguments in heads)
+
+
+def test_dct_coefficients_set_the_channels():
+    config = build_config(vae="dct", vae_factor=4, patch_size=1, img_size=32, dct_coefficients=[5, 2])
+    assert config["pipeline"]["out_channels"] == 9
+    assert FlexTokFromHub({**tiny_config(vae="dct", dct_coefficients=[5, 2])}).vae.latent_channels == 9
+
+
+@pytest.mark.parametrize("coefficients", [[0, 1], [17, 0], [4, 17], [4, -1], [4], 4, [4, 1.5], [4, 2, 2]])
+def test_dct_coefficients_that_a_block_does_not_have_are_refused(coefficients):
+    with pytest.raises(ConfigError, match="dct_coefficients is .*expected two whole numbers.*1 to 16"):
+        build_config(vae="dct", vae_factor=4, patch_size=1, img_size=32, dct_coefficients=coefficients)

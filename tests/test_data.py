@@ -526,7 +526,7 @@ def test_crops_are_the_pixels_that_their_names_say():
         item = dataset[i]
         assert (item["image"] - expected).abs().mean() < 0.6 / 127.5
         assert (item["index"], item["position"], item["flip"], item["broken"]) == (i, i, False, ())
-    assert dataset.crops.dtype == np.uint8 and dataset.crops.shape == (30, 24, 24, 3)
+    assert dataset.pixels.dtype == np.uint8 and dataset.pixels.shape == (30, 24, 24, 3)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -543,7 +543,7 @@ def test_photo_crops_are_fixed_by_their_seed():
     torch.manual_seed(1)
     second, longer = PhotoCrops("train", 16, 20), PhotoCrops("train", 16, 30)
     other = PhotoCrops("train", 16, 20, window_seed=1)
-    assert first.names == second.names == longer.names[:20] and (first.crops == second.crops).all()
+    assert first.names == second.names == longer.names[:20] and (first.pixels == second.pixels).all()
     assert first.identity() == second.identity()
     val = PhotoCrops("val", 16, 20)
     assert len({dataset.identity() for dataset in (first, longer, other, val, PhotoCrops("train", 17, 20))}) == 5
@@ -758,6 +758,7 @@ def config(**changes):
     settings = {
         "dataset_name": "folder",
         "data_path": None,
+        "val_path": None,
         "img_size": 16,
         "use_augmentation": True,
         "random_crop": True,

@@ -52,8 +52,6 @@ def test_every_setting_says_what_it_means():
         ({"learning_rate": float("nan")}, "expected a finite number"),
         ({"scheduler": "cosin"}, r"scheduler is 'cosin', expected one of cosine, linear, none \(did you mean 'cosine'"),
         ({"optimizer": "sgd"}, "expected one of adamw, adam"),
-        ({"min_lr": 1e-4}, "needs min_lr below every learning rate"),
-        ({"use_repa": True, "repa_lr": 1e-7}, "learning rate of repa_projector is 1e-07"),
         ({"train_encoder": False, "train_decoder": False}, "nothing to train"),
         ({"dataset_name": "celebhq", "data_path": "."}, "did you mean 'celebahq'"),
         ({"model": {"encoder_dpeth": 4}}, "model: unknown argument 'encoder_dpeth' .did you mean 'encoder_depth'"),

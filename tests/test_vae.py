@@ -1,6 +1,7 @@
 """Images to latents and back: the AutoencoderKL around diffusers' own, and the pixel VAE."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers import make_draws, make_images, make_noise, pack, save_tiny_vae, un
 from flextok.utils.random import RANDOM_KEY
 from flextok.training.config import TrainConfig
 from flextok.training.models import set_vae_dtype
-from flextok.vae_wrapper import PixelUnshuffleVAE, StableDiffusionVAE
+from flextok.vae_wrapper import BlockDCTVAE, PixelUnshuffleVAE, StableDiffusionVAE
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +287,44 @@ def test_both_vaes_take_lists(make_vae, kind):
     listed = vae.encode({"rgb": pack(make_images(3), "list")})["vae_latents"]
     assert isinstance(listed, list) and len(listed) == 3
     assert_close(unpack(listed), vae.encode({"rgb": make_images(3)})["vae_latents"])
+
+
+# BlockDCTVAE
+
+
+def test_dct_with_all_coefficients_loses_nothing():
+    images = make_images(2, 16, 24)
+    vae = BlockDCTVAE(factor=4, coefficients=[16, 16], scaling_factor=0.5)
+    latents = vae.encode({"rgb": images})["vae_latents"]
+    assert latents.shape == (2, 48, 4, 6)
+    assert_close(vae.decode({"vae_latents_reconst": latents})["rgb_reconst"], images)
+
+
+def test_dct_coefficients_are_those_of_scipy():
+    from scipy.fft import dctn
+
+    image = make_images(1, 8, 8)
+    latents = BlockDCTVAE(factor=8, coefficients=[6, 0]).encode({"rgb": image})["vae_latents"].flatten()
+    brightness = image[0].sum(0).numpy() / 3**0.5  # the three colours, orthonormal
+    expected = dctn(brightness, norm="ortho")
+    for latent, (u, v) in zip(latents.tolist(), [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)]):
+        assert latent == pytest.approx(expected[u, v] / (0.8 * 8 / (1 + 1.7 * math.hypot(u, v))), abs=1e-4)
+
+
+def test_dct_keeps_what_is_smooth_and_drops_colour_where_told():
+    ramp = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32).clone()
+    vae = BlockDCTVAE(factor=4, coefficients=[6, 0])
+    decoded = vae.decode({"vae_latents_reconst": vae.encode({"rgb": ramp})["vae_latents"]})["rgb_reconst"]
+    assert (decoded - ramp).abs().max() < 0.02
+    coloured = ramp * torch.tensor([1.0, -1.0, 0.5]).view(1, 3, 1, 1)
+    grey = vae.decode({"vae_latents_reconst": vae.encode({"rgb": coloured})["vae_latents"]})["rgb_reconst"]
+    assert_close(grey[:, 0], grey[:, 1])
+    assert_close(grey[:, 0], grey[:, 2])
+
+
+def test_dct_leaves_nothing_in_the_state_dict_and_ignores_autocast():
+    vae, images = BlockDCTVAE(factor=4), make_images(2)
+    assert vae.state_dict() == {}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = vae.encode({"rgb": images})["vae_latents"]
+    assert torch.equal(rounded, vae.encode({"rgb": images})["vae_latents"])

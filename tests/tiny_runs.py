@@ -21,6 +21,7 @@ SETTINGS = dict(
     num_epochs=2, batch_size=4, learning_rate=1e-3, warmup_steps=2, min_lr=1e-5, use_amp=False,
     use_repa=True, repa_encoder_type="efficientnet_lite0", repa_image_size=64, repa_target_size=[4, 4], repa_lr=1e-3,
     log_every=1, visualize_every=0, inference_steps=2, num_vis_images=2, vis_token_counts=[1, 8], use_wandb=False,
+    readout_weight=0.0,
 )  # fmt: skip
 
 TIMING = ("train/images_per_second", "train/data_wait")  # metrics that differ from run to run

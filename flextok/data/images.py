@@ -64,7 +64,7 @@ def _log_unreadable_folder(error: OSError) -> None:
     logger.warning("cannot read the folder %s (%s): its images are left out", error.filename, error.strerror)
 
 
-def list_images(folder: Union[str, Path]) -> list[Path]:
+def list_images(folder: Union[str, Path], setting: str = "data_path") -> list[Path]:
     """The image files in `folder` and its sub-folders, in an order that does not depend on the file system.
 
     If `folder` has no image directly but a sub-folder `images`, only that sub-folder is taken. Hidden files and
@@ -78,11 +78,11 @@ def list_images(folder: Union[str, Path]) -> list[Path]:
     root = Path(folder).expanduser()
     if not root.exists():
         raise FileNotFoundError(
-            f"data_path is {root}, which does not exist (working directory: {Path.cwd()}): "
+            f"{setting} is {root}, which does not exist (working directory: {Path.cwd()}): "
             "set it to the folder that holds your images"
         )
     if not root.is_dir():
-        raise NotADirectoryError(f"data_path is {root}, a file: set it to the folder that holds your images")
+        raise NotADirectoryError(f"{setting} is {root}, a file: set it to the folder that holds your images")
     if (root / "images").is_dir() and not any(_is_image_file(path) for path in root.iterdir()):
         root = root / "images"
 
@@ -98,7 +98,7 @@ def list_images(folder: Union[str, Path]) -> list[Path]:
     if not paths:
         raise FileNotFoundError(
             f"no images in {root} or its sub-folders: expected files that end in {', '.join(EXTENSIONS)}; "
-            "check data_path"
+            f"check {setting}"
         )
 
     by_number = all(path.stem.isdecimal() for path in paths)
@@ -372,3 +372,45 @@ def _file_size(path: Path) -> int:
         return os.stat(path).st_size
     except OSError:
         return -1
+
+
+class ImagesInMemory(Dataset):
+    """Images kept in memory as uint8; items and their dicts are those of `ImageFolderDataset`.
+
+    `index` is always the one asked for, `broken` is empty.
+
+    Args:
+        pixels: uint8 [N, S, S, 3].
+        names: What each image is, N texts; with the size they are the set's identity.
+        flip: Mirror every other image, by address.
+        seed: Seed of the flips.
+    """
+
+    kind: str  # what the images are, in a word
+
+    def __init__(self, pixels: np.ndarray, names: Sequence[str], flip: bool = False, seed: int = 0):
+        self.pixels, self.names, self.flip, self.seed = pixels, list(names), flip, seed
+        self.img_size = pixels.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, item: Item) -> dict:
+        index, step, position, augment = resolve_item(item, len(self))
+        flip = augment and self.flip and drawn_flip(self.seed, step, position)
+        image = pixels_to_tensor(self.pixels[index])
+        return {
+            "image": image.flip(-1) if flip else image,
+            "index": index,
+            "position": position,
+            "flip": flip,
+            "broken": (),
+        }
+
+    def identity(self) -> str:
+        """Fingerprint of what the dataset holds: names and img_size."""
+        return digest([f"{self.kind} {self.img_size}", *self.names])
+
+    def content_probe(self) -> str:
+        """Fingerprint of the pixels of the first images."""
+        return digest([hashlib.blake2b(self.pixels[:10].tobytes(), digest_size=8).hexdigest()])

@@ -15,6 +15,7 @@ from ..utils.errors import UserError
 from ..utils.processes import rank, world_size
 from ..utils.random import generator
 from .caching import CachedDataset
+from .digits import Digits
 from .images import FILLER, ImageFolderDataset, collate, list_images, split_paths
 from .photos import PhotoCrops
 
@@ -185,9 +186,13 @@ def build_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
     With `cache_latents`, or `use_repa` and `repa_cache`, they are CachedDatasets.
 
     Args:
-        config: Has dataset_name (`photos`, `celebahq`, or any other name for a folder), data_path, img_size,
-            use_augmentation (mirrored images), random_crop, val_fraction, photos_train_crops, photos_val_crops, seed,
-            and the settings above.
+        config: Has dataset_name (`digits`, `photos`, `celebahq`, or any other name for a folder), data_path, val_path,
+            img_size, use_augmentation (mirrored images), random_crop, val_fraction, photos_train_crops,
+            photos_val_crops, seed, and the settings above.
+
+    Raises:
+        ConfigError: No data_path, or a folder of one image, of which none is left to validate.
+        FileNotFoundError, NotADirectoryError: There is no such folder, or no image in it.
     """
     train, val = _build_image_datasets(config)
     if config.cache_latents or (config.use_repa and config.repa_cache):
@@ -202,13 +207,25 @@ def _build_image_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
         )
         return train, PhotoCrops("val", config.img_size, config.photos_val_crops) if config.photos_val_crops else None
 
+    if config.dataset_name == "digits":
+        train = Digits("train", config.img_size, flip=config.use_augmentation, seed=config.seed)
+        return train, Digits("val", config.img_size)
+
     if not config.data_path:
         raise ConfigError(
             f"data_path is {config.data_path!r}, but dataset_name is {config.dataset_name!r}: set data_path to the "
-            "folder that holds your images, or dataset_name to photos"
+            "folder that holds your images, or dataset_name to digits or photos"
         )
     paths = list_images(config.data_path)
-    train_paths, val_paths, _ = split_paths(paths, config.dataset_name, config.val_fraction, SPLIT_SEED)
+    if config.val_path:
+        train_paths, val_paths = paths, list_images(config.val_path, "val_path")
+    else:
+        train_paths, val_paths, _ = split_paths(paths, config.dataset_name, config.val_fraction, SPLIT_SEED)
+        if not val_paths and config.val_fraction > 0:
+            raise ConfigError(
+                f"data_path is {config.data_path}, which holds {len(paths)} image: too few to keep one for validation; "
+                "add images, or set val_fraction: 0 to train without validation"
+            )
     train = ImageFolderDataset(
         train_paths, config.img_size, flip=config.use_augmentation, random_crop=config.random_crop, seed=config.seed
     )

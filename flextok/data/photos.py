@@ -4,16 +4,14 @@ Both views of the motorcycle pair show one scene, so only the left one is used. 
 vertical line: the left three fifths are for training, the right two fifths for validation.
 """
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
 from ..utils.random import uniform_number
-from .images import Item, digest, drawn_flip, load_image, pixels_to_tensor, resolve_item
+from .images import ImagesInMemory, load_image
 
 PIP_NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 PHOTOS = {
@@ -61,7 +59,7 @@ def photo_region(width: int, split: str) -> tuple[int, int]:
     return (0, border) if split == "train" else (border, width)
 
 
-class PhotoCrops(Dataset):
+class PhotoCrops(ImagesInMemory):
     """A fixed set of square windows of the photographs, scaled to `img_size` and kept in memory as uint8.
 
     The photographs take turns. The side of a window is uniform between `img_size` and `MAX_ZOOM * img_size`, its place
@@ -69,7 +67,6 @@ class PhotoCrops(Dataset):
     smaller window than `img_size` is scaled up. The windows follow from (split, img_size, window_seed) alone, and the
     first n of a larger set are the set of n.
 
-    Items and their dicts are those of `ImageFolderDataset`; `index` is always the one asked for, `broken` is empty.
     `names` holds `photo@x,y,side` in pixels of the photograph.
 
     Args:
@@ -81,6 +78,8 @@ class PhotoCrops(Dataset):
         window_seed: Seed of the windows.
     """
 
+    kind = "photos"
+
     def __init__(
         self, split: str, img_size: int, n_crops: int, flip: bool = False, seed: int = 0, window_seed: int = 0
     ):
@@ -88,10 +87,9 @@ class PhotoCrops(Dataset):
             raise ValueError(f"split is {split!r}: expected 'train' or 'val'")
         if img_size < 1 or n_crops < 1:
             raise ValueError(f"img_size is {img_size} and n_crops is {n_crops}: both must be at least 1")
-        self.img_size, self.flip, self.seed = img_size, flip, seed
         photos = [(name, load_image(photo_path(name))) for name in PHOTOS]
-        self.names: list[str] = []
-        self.crops = np.empty((n_crops, img_size, img_size, 3), dtype=np.uint8)
+        names: list[str] = []
+        pixels = np.empty((n_crops, img_size, img_size, 3), dtype=np.uint8)
         for i in range(n_crops):
             name, photo = photos[i % len(photos)]
             left, right = photo_region(photo.width, split)
@@ -106,28 +104,6 @@ class PhotoCrops(Dataset):
             y = int(u_y * (photo.height - side + 1))
             # Cropped before scaling, so that the filter sees nothing of the other split.
             window = photo.crop((x, y, x + side, y + side))
-            self.crops[i] = np.asarray(window.resize((img_size, img_size), Image.Resampling.BICUBIC))
-            self.names.append(f"{name}@{x},{y},{side}")
-
-    def __len__(self) -> int:
-        return len(self.crops)
-
-    def __getitem__(self, item: Item) -> dict:
-        index, step, position, augment = resolve_item(item, len(self))
-        flip = augment and self.flip and drawn_flip(self.seed, step, position)
-        image = pixels_to_tensor(self.crops[index])
-        return {
-            "image": image.flip(-1) if flip else image,
-            "index": index,
-            "position": position,
-            "flip": flip,
-            "broken": (),
-        }
-
-    def identity(self) -> str:
-        """Fingerprint of what the dataset holds: the windows and img_size."""
-        return digest([f"photos {self.img_size}", *self.names])
-
-    def content_probe(self) -> str:
-        """Fingerprint of the pixels of the first windows."""
-        return digest([hashlib.blake2b(self.crops[: len(PHOTOS)].tobytes(), digest_size=8).hexdigest()])
+            pixels[i] = np.asarray(window.resize((img_size, img_size), Image.Resampling.BICUBIC))
+            names.append(f"{name}@{x},{y},{side}")
+        super().__init__(pixels, names, flip, seed)

@@ -18,8 +18,9 @@ from ..data.images import collate
 from ..data.loader import BrokenFiles
 from ..model.utils.repa_encoders import FrozenEncoder, encoder_dtype, load_encoder
 from ..training.pictures import save_grid
+from ..training.token_use import tokens_warning
 from ..utils.config import ConfigError
-from ..utils.dtypes import autocast_dtype, precision
+from ..utils.dtypes import autocast_dtype, faster_in_bf16, precision
 from ..utils.errors import UserError
 from ..utils.files import write_atomically
 from ..utils.modules import evaluating
@@ -76,7 +77,8 @@ class Evaluator:
         self.subject, self.images, self.options, self.folder = subject, images, options, Path(folder)
         self.device = torch.device(options.device)
         self.model = subject.model.to(self.device).eval()
-        self.dtype = autocast_dtype(self.device) if options.use_amp else None
+        faster = self.device.type == "cuda" or faster_in_bf16(self.device, 1024, 1024)
+        self.dtype = autocast_dtype(self.device) if options.use_amp and faster else None
         n_max, trained = self.model.n_registers, subject.config
         self.tokens = sorted(set(options.tokens or _powers_of_two(n_max)))
         if not 1 <= self.tokens[0] <= self.tokens[-1] <= n_max:
@@ -166,6 +168,9 @@ class Evaluator:
                 "alignment": self._part(parts / "alignment.json", lambda: self._alignment(encoded)),
                 "probes": self._part(parts / "probes.json", lambda: self._probes(encoded)),
                 "codes": self._codes(encoded),
+                "tokens_warning": tokens_warning(
+                    encoded["tokens"], {k: rows[str(k)]["metrics"]["psnr"]["value"] for k in self.tokens}
+                ),
                 "grids": self._grids(rows[str(self.tokens[-1])]["psnr"], encoded),
                 "cost": {
                     "seconds": time.perf_counter() - start,

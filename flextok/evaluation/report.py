@@ -297,7 +297,8 @@ def warnings_of(results: dict) -> List[str]:
             names.append("" if named and not some else metric_of(key).label + some)
         prefix = ", ".join(filter(None, names))
         lines.append(f"{prefix}: {warning}" if prefix else warning)
-    return lines
+    of_tokens = results.get("tokens_warning")
+    return [of_tokens[0].upper() + of_tokens[1:], *lines] if of_tokens else lines
 
 
 def missing_parts(results: dict) -> List[Tuple[str, str]]:

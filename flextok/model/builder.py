@@ -4,6 +4,7 @@ import copy
 from typing import Optional, Sequence
 
 from ..utils.config import ConfigError, nearest
+from ..vae_wrapper import check_coefficients
 
 _PRE, _POST = "flextok.model.preprocessors.", "flextok.model.postprocessors."
 _UTILS = "flextok.model.utils."
@@ -42,7 +43,8 @@ def _packer(read_keys: list, prefix: str, block_mask_key: str, mask_mode: str, *
         "_target_": _PRE + "flex_seq_packing.BlockWiseSequencePacker", "input_list_read_keys": read_keys,
         "packed_seq_write_key": prefix + "_packed_seq", "block_mask_write_key": block_mask_key,
         "inner_packed_shapes_write_key": prefix + "_ps_inner", "outer_packed_shapes_write_key": prefix + "_ps_outer",
-        "mask_mode": mask_mode, "pad_to_multiple": 128, **more,
+        "mask_mode": mask_mode, "pad_to_multiple": 128, "compile_block_mask": False,
+        "return_materialized_mask": False, **more,
     }  # fmt: skip
 
 
@@ -69,6 +71,7 @@ def build_config(
     vae_hub_path: Optional[str] = None,
     vae_scaling_factor: Optional[float] = None,
     latent_channels: int = 16,
+    dct_coefficients: Sequence[int] = (10, 3),
     repa_layers: Sequence[int] = (1,),
     keep_k_mode: str = "uniform",
     null_condition_prob: float = 0.2,
@@ -88,11 +91,13 @@ def build_config(
         fsq_levels: Levels of the quantiser per channel; their product is the codebook size.
         patch_size: Latents per patch, in each dimension.
         img_size: Side of the (square) images in pixels: sets the positional tables.
-        vae: `stable_diffusion` (AutoencoderKL, downsampling by 8) or `pixel` (lossless pixel unshuffle).
-        vae_factor: Downsampling of the pixel VAE.
+        vae: `stable_diffusion` (AutoencoderKL, downsampling by 8), `pixel` (lossless pixel unshuffle) or `dct` (the
+            lowest frequencies of blocks of pixels).
+        vae_factor: Downsampling of the pixel and DCT VAEs.
         vae_hub_path: Weights of the AutoencoderKL, e.g. EPFL-VILAB/flextok_vae_c16 (or ...c16@revision); None: random.
-        vae_scaling_factor: Factor on the latents; None: the AutoencoderKL's own, or 0.5 for pixels.
+        vae_scaling_factor: Factor on the latents; None: the AutoencoderKL's own, 0.5 for pixels, 1 for `dct`.
         latent_channels: Channels of the AutoencoderKL's latents (4, 8 or 16 as published).
+        dct_coefficients: Kept coefficients of each block for `dct`: of brightness, and of each colour difference.
         repa_layers: Decoder blocks whose output is kept for REPA, 0 the first.
         keep_k_mode: How nested dropout draws the number of kept tokens: `uniform`, `pow2` or `uniform_pow2`.
         null_condition_prob: Probability that an image is trained without its tokens, for guidance.
@@ -105,9 +110,9 @@ def build_config(
     Raises:
         ConfigError: Sizes that do not fit each other.
     """
-    if vae not in ("stable_diffusion", "pixel"):
-        raise ConfigError(f"vae is {vae!r}, expected 'stable_diffusion' or 'pixel'")
-    factor = vae_factor if vae == "pixel" else 8
+    if vae not in ("stable_diffusion", "pixel", "dct"):
+        raise ConfigError(f"vae is {vae!r}, expected 'stable_diffusion', 'pixel' or 'dct'")
+    factor = 8 if vae == "stable_diffusion" else vae_factor
     encoder_width = 64 * encoder_depth if encoder_width is None else encoder_width
     decoder_width = 64 * decoder_depth if decoder_width is None else decoder_width
     sizes = dict(
@@ -129,16 +134,24 @@ def build_config(
     repa_layers = sorted(layer for layer in repa_layers)
     if any(not 0 <= layer < decoder_depth for layer in repa_layers):
         raise ConfigError(f"repa_layers is {repa_layers}, but the decoder's layers are 0 to {decoder_depth - 1}")
-    channels = 3 * factor**2 if vae == "pixel" else latent_channels
-    grid = [img_size // factor // patch_size] * 2
+    channels = latent_channels
     if vae == "pixel":
+        channels = 3 * factor**2
+    elif vae == "dct":
+        check_coefficients(dct_coefficients, factor, "dct_coefficients")
+        channels = dct_coefficients[0] + 2 * dct_coefficients[1]
+    grid = [img_size // factor // patch_size] * 2
+    if vae != "stable_diffusion":
         vae_config = {"_target_": "flextok.vae_wrapper.PixelUnshuffleVAE", "factor": factor}
+        if vae == "dct":
+            vae_config.update(_target_="flextok.vae_wrapper.BlockDCTVAE", coefficients=list(dct_coefficients))
         if vae_scaling_factor is not None:
             vae_config["scaling_factor"] = vae_scaling_factor
     else:
         vae_config = {
             "_target_": "flextok.vae_wrapper.StableDiffusionVAE", "latent_channels": channels,
             "scaling_factor": vae_scaling_factor, "hf_hub_path": vae_hub_path, "sample_posterior": True,
+            "vae_kl_loss_write_key": "vae_kl_loss", "frozen": True,
         }  # fmt: skip
     vae_config.update(
         images_read_key="rgb", vae_latents_read_key="vae_latents_reconst", vae_latents_write_key="vae_latents",
@@ -167,7 +180,7 @@ def build_config(
         "enc_to_latents": {
             "_target_": _POST + "heads.LinearHead", "read_key": "enc_registers", "write_key": "enc_registers",
             "dim": encoder_width, "dim_out": len(fsq_levels), "weight_init_style": encoder_head_init,
-            "dtype_override": None,
+            "dtype_override": None, "use_mup_readout": False,
         },
     }  # fmt: skip
     decoder = {
@@ -217,6 +230,7 @@ def build_config(
             "_target_": _POST + "heads.ToPatchesLinearHead", "read_key": "dec_patches",
             "write_key": "vae_latents_reconst", "dim": decoder_width, "channels_out": channels,
             "patch_sizes": [patch_size, patch_size], "weight_init_style": "zero", "adaLN_emb_read_key": "dec_temb",
+            "use_mup_readout": False,
         },
         "dec_channels_to_first": _permute("vae_latents_reconst", "vae_latents_reconst", "channels_last_to_first"),
     }  # fmt: skip

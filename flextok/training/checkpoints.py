@@ -130,6 +130,14 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
+def stored_config(path: Path) -> dict:
+    """The settings that a run was trained with, from the config.yaml of its folder; without one, those in the file."""
+    try:
+        return parse_yaml((path.parent.parent / CONFIG_FILE).read_text())
+    except (OSError, ConfigError, UnicodeDecodeError):
+        return readable_checkpoint(path)[1].get("config") or {}
+
+
 def check_checkpoint(checkpoint: dict, source: str) -> None:
     """Raise CheckpointError unless a checkpoint has all that a run continues from, each of its type."""
     lacking = FIELDS.keys() - checkpoint.keys()

@@ -16,7 +16,7 @@ from ..utils.files import write_atomically
 from ..utils.plain import parse_yaml
 from .checkpoints import CONFIG_FILE
 
-SPECIAL_DATASETS = ("celebahq", "photos")  # any other name is a folder of images
+SPECIAL_DATASETS = ("celebahq", "digits", "photos")  # any other name is a folder of images
 
 
 def setting(default: Any, help: str, choices=None, minimum=None, maximum=None, above=None, word=None, source=""):
@@ -70,11 +70,14 @@ class TrainConfig:
     # Data
     dataset_name: str = setting(
         "folder",
-        "`folder` (any images), `celebahq` (its 27000/1500/1500 split), or `photos` (crops of the photographs that "
-        "scikit-image and scikit-learn carry).",
+        "`folder` (any images), `celebahq` (its 27000/1500/1500 split), `digits` (handwritten digits that scikit-learn "
+        "carries), or `photos` (crops of the photographs that scikit-image and scikit-learn carry).",
     )
     data_path: Optional[str] = setting(
-        None, "Folder of images: flat, in `images/`, or nested. Not needed for `photos`."
+        None, "Folder of images: flat, in `images/`, or nested. Not needed for `digits` and `photos`."
+    )
+    val_path: Optional[str] = setting(
+        None, "Folder of validation images; null: val_fraction of data_path, or celebahq's own split."
     )
     img_size: int = setting(256, "Side of the square training images in pixels.", minimum=1)
     use_augmentation: bool = setting(True, "Flip half of the training images horizontally.")
@@ -103,7 +106,12 @@ class TrainConfig:
         "that do not fit.",
         choices=("ddp", "fsdp"),
     )
-    use_amp: bool = setting(True, "Autocast to bf16 where the device has it (fp16 with loss scaling on older GPUs).")
+    use_amp: Union[bool, str] = setting(
+        "auto",
+        "Autocast to bf16 (fp16 with loss scaling on older GPUs). auto: on GPUs; on a CPU where products of the "
+        "model's sizes are faster in bf16, which is measured at the start and kept when the run is resumed.",
+        word="auto",
+    )
     max_grad_norm: float = setting(
         1.0, "Gradients are clipped to this norm over all trained parameters; 0: never.", minimum=0
     )
@@ -119,6 +127,29 @@ class TrainConfig:
     val_every_steps: Optional[int] = setting(
         None, "Validate every so many steps too; null: only at the end of each epoch.", minimum=1
     )
+    val_token_images: int = setting(
+        32,
+        "Validation images on which the use of the tokens is measured: flow loss by token count and noise level, codes. "
+        "Each validation runs the decoder some ten times on them; 0: not measured.",
+        minimum=0,
+    )
+    best_metric: str = setting(
+        "val/flow_loss",
+        "What best.pt is chosen by, a metric of the validation (val/psnr_k... draws a picture at each); more is better "
+        "for val/psnr... and val/codes..., less for all others.",
+    )
+
+    # What helps a new model to use its tokens
+    readout_weight: Optional[float] = setting(
+        None,
+        "Weight of the read-out: in training alone, a linear layer predicts the latents from the first tokens, which "
+        "gives the encoder of a new model something to learn from. null: 1 for new models, 0 for published ones.",
+        minimum=0,
+    )
+    readout_steps: Optional[int] = setting(
+        None, "Step from which the read-out has no weight any more; null: it stays.", minimum=1
+    )
+    readout_lr: float = setting(1e-2, "Learning rate of the read-out.", above=0)
 
     # Optimizer
     optimizer: str = setting("adamw", "Optimizer.", choices=("adamw", "adam"))
@@ -220,7 +251,8 @@ class TrainConfig:
         None, "Side in pixels of the images that the encoder sees; null: its own (518 for DINOv2).", minimum=1
     )
     repa_encoder_dtype: str = setting(
-        "auto", "What the encoder computes in; auto: bf16 where the device has it, else fp32.",
+        "auto", "What the encoder computes in; auto: bf16 on GPUs that have it, and on CPUs where it is faster (measured "
+        "as for use_amp), else fp32.",
         choices=("auto", "fp32", "bf16", "fp16"),
     )  # fmt: skip
     repa_encoder_repo: Optional[str] = setting(
@@ -247,6 +279,9 @@ class TrainConfig:
         1000, "Steps between pictures of flexible-length reconstructions; 0: only at the end.", minimum=0
     )
     num_vis_images: int = setting(8, "Validation images in a picture.", minimum=1)
+    num_psnr_images: Optional[int] = setting(
+        None, "Validation images whose PSNR by token count is measured with each picture; null: those in it.", minimum=1
+    )
     vis_token_counts: List[int] = setting([1, 4, 16, 64, 256], "Token counts in a picture.", minimum=1)
     inference_steps: int = setting(25, "Sampler steps for pictures.", minimum=1)
     guidance_scale: float = setting(7.5, "Guidance scale for pictures; 1: none.", minimum=0)
@@ -278,7 +313,7 @@ class TrainConfig:
 
     def _check_together(self) -> None:
         for key in (
-            "model_name", "data_path", "checkpoint_dir", "cache_dir", "resume", "repa_encoder_repo",
+            "model_name", "data_path", "val_path", "checkpoint_dir", "cache_dir", "resume", "repa_encoder_repo",
             "repa_encoder_weights",
         ):  # fmt: skip
             if (getattr(self, key) or "").startswith("~"):
@@ -296,13 +331,6 @@ class TrainConfig:
             raise ConfigError(
                 f"dataset_name is {self.dataset_name!r}{nearest(known, SPECIAL_DATASETS)}; use `folder` for others"
             )
-        if self.scheduler != "none":
-            for name, rate in self.learning_rates().items():
-                if rate <= self.min_lr:
-                    raise ConfigError(
-                        f"the learning rate of {name} is {rate} and min_lr is {self.min_lr}: the {self.scheduler} "
-                        "schedule needs min_lr below every learning rate (or scheduler: none)"
-                    )
         if self.parallel == "fsdp" and self.train_vae:
             raise ConfigError("parallel is fsdp, but train_vae is true: a VAE is trained with ddp alone")
         if self.model is not None:
@@ -352,7 +380,20 @@ class TrainConfig:
                 rates[group] = getattr(self, f"{group}_lr") or self.learning_rate
         if self.use_repa:
             rates["repa_projector"] = self.repa_lr
+        if self.uses_readout:
+            rates["readout"] = self.readout_lr
         return rates
+
+    @property
+    def uses_readout(self) -> bool:
+        """Whether the tokens' read-out is trained beside the model."""
+        return self.train_encoder and self.settled_readout_weight > 0
+
+    @property
+    def settled_readout_weight(self) -> float:
+        if self.readout_weight is not None:
+            return self.readout_weight
+        return 1.0 if self.model is not None or self.train_from_scratch else 0.0
 
     def accumulation(self, world_size: int) -> int:
         """Forward passes of each of `world_size` processes per optimizer step.

@@ -1,5 +1,6 @@
 """The model that a training config asks for."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import List, Optional, Tuple
@@ -13,11 +14,13 @@ from ..model.builder import PRESETS, build_config, preset_config, with_fsq_level
 from ..model.preprocessors.patching import PatchEmbedder
 from ..utils.checkpoint import CheckpointError, build_model, load_safetensors, parse_metadata
 from ..utils.config import ConfigError
-from ..utils.dtypes import DTYPES, computes_bf16
+from ..utils.dtypes import DTYPES, computes_bf16, faster_in_bf16, name_of
 from ..utils.modules import evaluating
 from ..utils.plain import read_json_object
+from ..utils.processes import from_first
 from ..utils.random import RANDOM_KEY, BatchRandom, address_key
 from .config import TrainConfig
+from .readout import TokenReadout
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +128,40 @@ def _fetch(model_name: str, revision: Optional[str] = None) -> "tuple[dict, dict
     if config_file is not None:
         header = read_json_object(config_file)
     return flat_config(header), tensors
+
+
+def settled(
+    config: TrainConfig, model: Optional[nn.Module], device: torch.device, resumed: Optional[dict] = None
+) -> TrainConfig:
+    """A copy of the config with what it leaves open decided: use_amp, repa_encoder_dtype, readout_weight.
+
+    Args:
+        model: The model, which may be on the meta device; None if it is not known yet.
+        resumed: The config of the checkpoint that the run continues from, whose decisions stay, whatever the machine.
+    """
+    decided, resumed = {}, resumed or {}
+    if config.use_amp == "auto":
+        decided["use_amp"] = resumed.get("use_amp", "auto")
+    if decided.get("use_amp") == "auto":
+        width = 1152 if model is None else model.decoder.module_dict["dec_transformer"].dim
+        decided["use_amp"] = device.type == "cuda" or from_first(lambda: faster_in_bf16(device, width, 8 * width // 3))
+    if config.use_repa and config.repa_encoder_dtype == "auto" and device.type == "cpu":
+        from ..model.utils.repa_encoders import encoder_dtype  # a run without REPA needs none of it
+
+        was = resumed.get("repa_encoder_dtype", "auto")
+        decided["repa_encoder_dtype"] = from_first(lambda: name_of(encoder_dtype(was, device)))
+    if config.readout_weight is None:
+        decided["readout_weight"] = resumed.get("readout_weight", 0.0) if resumed else config.settled_readout_weight
+    return dataclasses.replace(config, **decided)
+
+
+def build_readout(config: TrainConfig, model: nn.Module) -> Optional[TokenReadout]:
+    """The read-out of a model's tokens that is trained beside it, on the CPU; None if the settings ask for none."""
+    if not config.uses_readout:
+        return None
+    side = config.img_size // model.vae.downsample_factor
+    n_latents = model.vae.latent_channels * side**2
+    return TokenReadout(model.n_registers, len(model.regularizer.levels), n_latents, config.seed)
 
 
 def set_vae_dtype(config: TrainConfig, vae: nn.Module, device: torch.device) -> None:

@@ -34,7 +34,8 @@ def save_grid(columns: Sequence[torch.Tensor], titles: Sequence[str], path: Path
 
 
 def save_curves(metrics_path: Path, path: Path) -> None:
-    """Draw the losses of a metrics.jsonl: flow on the left, REPA (if there) on the right with its constant baseline."""
+    """Draw a metrics.jsonl: flow loss, REPA loss with its constant baseline, PSNR by token count; what is there."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -44,18 +45,28 @@ def save_curves(metrics_path: Path, path: Path) -> None:
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
         return [p[0] for p in points], [p[1] for p in points]
 
-    has_repa = any("train/repa_loss" in r for r in records)
-    figure = Figure(figsize=(10 if has_repa else 5.5, 3.6), layout="constrained")
+    counts = sorted(int(key.removeprefix("val/psnr_k")) for key in {k for r in records for k in r} if "psnr_k" in key)
+    names = ["flow_loss", *["repa_loss"] * any("train/repa_loss" in r for r in records), *["psnr"] * bool(counts)]
+    figure = Figure(figsize=(max(5.5, 4.8 * len(names)), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2 if has_repa else 1, squeeze=False)[0]
-    for axis, name in zip(axes, ("flow_loss", "repa_loss")):
-        axis.plot(*series(f"train/{name}"), color="tab:blue", linewidth=1, alpha=0.7, label=f"train/{name}")
-        axis.plot(*series(f"val/{name}"), color="tab:orange", marker=".", label=f"val/{name}")
-        _, constant = series(f"val/{name}_constant")
+    titles = {
+        "flow_loss": "flow loss (mean squared velocity error)", "repa_loss": "REPA loss (- cosine)",
+        "psnr": "PSNR of reconstructions [dB]",
+    }  # fmt: skip
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        if name == "psnr":
+            for i, k in enumerate(counts):
+                colour = matplotlib.colormaps["viridis"](i / len(counts))
+                axis.plot(*series(f"val/psnr_k{k}"), color=colour, marker=".", label=f"{k} token{'s' * (k > 1)}")
+            constant_name, constant = "mean image", series("val/psnr_mean_image")[1]
+        else:
+            axis.plot(*series(f"train/{name}"), color="tab:blue", linewidth=1, alpha=0.7, label=f"train/{name}")
+            axis.plot(*series(f"val/{name}"), color="tab:orange", marker=".", label=f"val/{name}")
+            constant_name, constant = "a constant prediction", series(f"val/{name}_constant")[1]
         if constant:
-            axis.axhline(constant[0], color="grey", linestyle="--", label=f"val/{name}_constant")
+            axis.axhline(constant[0], color="grey", linestyle="--", label=constant_name)
         axis.set_xlabel("step")
-        axis.set_title("flow loss (mean squared velocity error)" if name == "flow_loss" else "REPA loss (- cosine)")
+        axis.set_title(titles[name])
         axis.grid(alpha=0.3)
         axis.legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

@@ -2,12 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import List, Tuple
+from typing import Dict, List, Tuple
 
 import torch
 
 from ..model.trunks.transformers import FlexTransformer
-from ..utils.dtypes import autocast_dtype
+from ..utils.dtypes import autocast_dtype, computes_bf16, name_of
 from ..utils.modules import count_parameters
 from ..utils.processes import world_size
 from .config import TrainConfig
@@ -59,7 +59,10 @@ def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torc
     )
     dtype = autocast_dtype(device) if config.use_amp else None
     where = device if world_size() == 1 else f"{world_size()} processes ({config.parallel}), this one on {device}"
-    lines.append(("device", f"{where}, {'fp32' if dtype is None else str(dtype).removeprefix('torch.') + ' autocast'}"))
+    text = "fp32" if dtype is None else f"{name_of(dtype)} autocast"
+    if dtype is None and device.type == "cpu" and computes_bf16(device):
+        text += " (bf16, which this CPU knows, is slower or was not asked for)"
+    lines.append(("device", f"{where}, {text}"))
     lines.append(("run folder", str(run_dir)))
     if resume is not None:
         lines.append(("resume", str(resume)))
@@ -72,9 +75,7 @@ def repa_summary(config: TrainConfig, model, device: torch.device) -> List[Tuple
     from ..model.utils.repa_loss import projector_parameters
 
     facts = encoder_facts(config.repa_encoder_type, config.repa_image_size)
-    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[
-        encoder_dtype(config.repa_encoder_dtype, device)
-    ]
+    dtype = name_of(encoder_dtype(config.repa_encoder_dtype, device))
     size = config.repa_target_size
     if model is not None:
         size = repa_target_size(config, model)
@@ -105,3 +106,24 @@ def cache_summary(config: TrainConfig, train_dataset, val_dataset, device: torch
     datasets = {"train": train_dataset, "val": val_dataset}
     plans = feature_plans(config, {split: d for split, d in datasets.items() if d is not None}, device)
     return [("feature cache" if split == "train" else "", plan.describe()) for split, plan in plans.items()]
+
+
+def what_was_learned(metrics: Dict[str, float], warning: str) -> str:
+    """The end of a run in numbers: what its last validation and picture measured, as lines; empty if nothing was."""
+    lines = []
+    by_count = {int(key.removeprefix("val/psnr_k")): metrics[key] for key in metrics if key.startswith("val/psnr_k")}
+    if by_count:
+        text = ", ".join(f"{psnr:.2f} from {k} token{'s' * (k > 1)}" for k, psnr in sorted(by_count.items()))
+        lines.append(f"  PSNR [dB]  {text}; mean image {metrics['val/psnr_mean_image']:.2f}")
+    if metrics.get("val/repa_loss_constant") is not None and "val/repa_loss" in metrics:
+        constant = metrics["val/repa_loss_constant"]
+        lines.append(f"  REPA loss  {metrics['val/repa_loss']:.3f} (a constant prediction: {constant:.3f})")
+    if "val/codes_distinct_1" in metrics:
+        entropy = metrics["val/codes_entropy_1"]
+        lines.append(
+            f"  codes      {metrics['val/codes_distinct_1']:.0%} of the images have a first code of their own "
+            f"({entropy:.1f} bits)"
+        )
+    if warning:
+        lines.append(f"  warning    {warning}")
+    return "".join(f"\n{line}" for line in lines)

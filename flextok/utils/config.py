@@ -23,6 +23,7 @@ ALLOWED_TARGETS = frozenset(
         "flextok.flextok_wrapper.FlexTokFromHub",
         "flextok.vae_wrapper.StableDiffusionVAE",
         "flextok.vae_wrapper.PixelUnshuffleVAE",
+        "flextok.vae_wrapper.BlockDCTVAE",
         "flextok.flow_matching.pipelines.MinRFPipeline",
         "flextok.flow_matching.noise_modules.MinRFNoiseModule",
         "flextok.model.utils.wrappers.SequentialModuleDictWrapper",

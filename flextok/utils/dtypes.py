@@ -1,6 +1,8 @@
 """Precision that a module asks for, whatever autocast is in force."""
 
 import contextlib
+import functools
+import time
 from typing import Optional
 
 import torch
@@ -46,7 +48,7 @@ def for_products(x: torch.Tensor) -> torch.Tensor:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16, so that it is faster than float32 there."""
+    """Whether a device has instructions for bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -55,8 +57,32 @@ def computes_bf16(device: torch.device) -> bool:
     return False
 
 
+BF16_GAIN = 1.2  # how much faster products must be: casting costs something, and the choice should not hang on noise
+
+
+@functools.cache
+def faster_in_bf16(device: torch.device, width: int, hidden: int, rows: int = 512) -> bool:
+    """Whether [rows, width] x [width, hidden] products are faster in bf16 than in fp32; measured on CPUs.
+
+    The flags of a CPU do not tell: without AMX, some report bf16 instructions and take twice as long.
+    """
+    if not computes_bf16(device) or device.type != "cpu":
+        return computes_bf16(device)
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    operands = {
+        dtype: (torch.ones(rows, width, dtype=dtype), torch.ones(hidden, width, dtype=dtype)) for dtype in seconds
+    }
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for _ in range(7):
+            for dtype, (x, weight) in operands.items():
+                start = time.perf_counter()
+                torch.nn.functional.linear(x, weight)
+                seconds[dtype].append(time.perf_counter() - start)
+    return min(seconds[torch.float32]) > BF16_GAIN * min(seconds[torch.bfloat16])
+
+
 def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
-    """bf16 where the device computes in it; fp16 on older GPUs; None (fp32) on CPUs without bf16 instructions."""
+    """What `use_amp: true` means: bf16 where the device has instructions for it; fp16 on older GPUs; else None (fp32)."""
     if computes_bf16(device):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else None

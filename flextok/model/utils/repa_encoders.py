@@ -23,7 +23,7 @@ from torch import nn
 
 from ...utils.checkpoint import load_pickled
 from ...utils.config import ConfigError
-from ...utils.dtypes import computes_bf16
+from ...utils.dtypes import faster_in_bf16
 from ...utils.errors import UserError
 from ...utils.processes import load_one_process_first
 
@@ -240,14 +240,14 @@ def encoder_dtype(name: Optional[str], device: torch.device) -> torch.dtype:
     """The dtype that the setting `repa_encoder_dtype` means on a device.
 
     Args:
-        name: `fp32`, `bf16`, `fp16`, or `auto` (as None): bf16 where the device computes in it, else fp32.
+        name: `fp32`, `bf16`, `fp16`, or `auto` (as None): bf16 where it is faster than fp32, which is measured on CPUs.
 
     Raises:
         ValueError: For another name, or fp16 on a CPU.
     """
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if name is None or name == "auto":
-        return torch.bfloat16 if computes_bf16(device) else torch.float32
+        return torch.bfloat16 if faster_in_bf16(device, 1024, 1024) else torch.float32
     if name not in dtypes:
         raise ValueError(f"repa_encoder_dtype is {name!r}, expected auto or one of {', '.join(dtypes)}")
     if name == "fp16" and device.type == "cpu":

