@@ -187,7 +187,8 @@ class FlexTokTrainer:
         self.global_step = 0  # optimizer steps done
         self.best_val_loss = math.inf  # of best_metric; its negative where more is better
         self.latest: Dict[str, float] = {}  # the last value of each metric
-        self.tokens_warning = ""
+        self.token_warnings = {"codes": "", "psnr": ""}  # what is wrong with the tokens, if anything, by what shows it
+        self._pictured: Optional[int] = None  # step of the last picture
         self.start_tokens: Optional[torch.Tensor] = None  # of the model that a fine-tuning started from
         self.constant_losses: Optional[Dict[str, float]] = None
         self.validation_due = False  # after the last step, but not done
@@ -699,7 +700,8 @@ class FlexTokTrainer:
         if self.global_step % self.steps_per_epoch:  # stopped in mid-epoch; `best` is left to the ends of epochs
             self.save_checkpoint()
             self.validate()
-        self.visualize()
+        if self._pictured != self.global_step:
+            self.visualize()
         if isinstance(self.model, FlexTokFromHub):
             self.export()
         else:
@@ -811,7 +813,7 @@ class FlexTokTrainer:
         if self.start_tokens is not None and tokens is not None:
             metrics["val/codes_kept"] = float((tokens == self.start_tokens).float().mean())
         self._write_metrics(metrics)
-        self._warn_of_tokens(tokens_warning(tokens))
+        self._warn_of_tokens("codes", tokens_warning(tokens))
         return metrics
 
     @torch.no_grad()
@@ -847,13 +849,12 @@ class FlexTokTrainer:
         config = self.config
         return config.model is None and not config.train_from_scratch and config.fsq_levels is None
 
-    def _warn_of_tokens(self, warning: str) -> None:
-        """Say what is wrong with the tokens, once the warm-up is over, and again when it is something else."""
-        if self.global_step < self.config.warmup_steps:
-            return
-        if warning and warning != self.tokens_warning:
-            log.warning("step %d: %s", self.global_step, warning)
-        self.tokens_warning = warning
+    def _warn_of_tokens(self, shown_by: str, warning: str) -> None:
+        """Say what is wrong with the tokens, once the warm-up is over, and not again until it was right."""
+        if self.global_step >= self.config.warmup_steps:
+            if warning and not self.token_warnings[shown_by]:
+                log.warning("step %d: %s", self.global_step, warning)
+            self.token_warnings[shown_by] = warning
 
     def _check_best_metric(self) -> None:
         """Raise ConfigError unless validations log `best_metric`."""
@@ -943,31 +944,30 @@ class FlexTokTrainer:
             timesteps=config.inference_steps, guidance_scale=config.guidance_scale,
             perform_norm_guidance=config.perform_norm_guidance,
         )  # fmt: skip
-        rows: Dict[str, List[torch.Tensor]] = {}
         subset = torch.utils.data.Subset(loader.dataset, range(n))
+        rows: Dict[str, List[torch.Tensor]] = {}
         with self._evaluating():
-            for i, images in enumerate(plain_batches(subset, n_pictured, 0)):
-                images = images.to(self.device)
-                positions = torch.arange(i * n_pictured, i * n_pictured + len(images), device=self.device)
-                random = BatchRandom(VALIDATION_SEED, -2, positions)
+            for images in plain_batches(subset, max(n_pictured, config.val_batch_size or config.batch_size), 0):
+                images, first = images.to(self.device), sum(map(len, rows.get("original", [])))
+                random = BatchRandom(VALIDATION_SEED, -2, torch.arange(first, first + len(images), device=self.device))
                 encoded = model.encode({vae.images_read_key: images, RANDOM_KEY: random})
                 latents = encoded[vae.vae_latents_write_key]
                 decoded = vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key]
+                rows.setdefault("VAE", []).append(decoded.clamp(-1, 1))
                 noise = random.normal("picture", latents.shape[1:])
-                shown = {"VAE": decoded.clamp(-1, 1)}
-                for k, reconstruction in reconstructions(
+                for k, images_of_k in reconstructions(
                     model, encoded, noise, counts, self._raise_if_asked_to_stop, **sampler
                 ):
-                    shown[f"{k} token{'s' if k > 1 else ''}"] = reconstruction
-                for title, column in {**shown, "original": images}.items():
-                    rows.setdefault(title, []).append(column)
+                    rows.setdefault(f"{k} token{'s' if k > 1 else ''}", []).append(images_of_k)
+                rows.setdefault("original", []).append(images)
         columns = {title: torch.cat(parts) for title, parts in rows.items()}
         psnrs = [float(psnr(column, columns["original"]).mean()) for column in columns.values()][1:-1]
         metrics = {f"val/psnr_k{k}": value for k, value in zip(counts, psnrs)}
         mean_image = self._mean_image().expand_as(columns["original"])
         metrics["val/psnr_mean_image"] = float(psnr(mean_image, columns["original"]).mean())
         self._write_metrics(metrics)
-        self._warn_of_tokens(tokens_warning(psnr_by_count=dict(zip(counts, psnrs))) or self.tokens_warning)
+        self._pictured = self.global_step
+        self._warn_of_tokens("psnr", tokens_warning(psnr_by_count=dict(zip(counts, psnrs))))
         path = self.run_dir / "pictures" / f"flexible_length_{self.global_step:07d}.png"
         if rank() == 0:
             try:
@@ -1305,7 +1305,7 @@ def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device
     trainer.train(arguments.max_steps)
     if rank() == 0:
         print(f"""
-Done: {trainer.global_step} steps.{what_was_learned(trainer.latest, trainer.tokens_warning)}
+Done: {trainer.global_step} steps.{what_was_learned(trainer.latest, trainer.token_warnings)}
   pictures   {run_dir / "pictures"}
   curves     {run_dir / "curves.png"}
   metrics    {run_dir / "metrics.jsonl"}

@@ -224,9 +224,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     arguments, evaluation = parse_command_line(argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.data is None:
-        if config.dataset_name != "photos":
+        if config.dataset_name not in ("digits", "photos"):
             raise ConfigError("--data is missing: a folder of images that no arm was trained on")
-        evaluation += ["--data", "photos"]
+        evaluation += ["--data", config.dataset_name]
     folder = arguments.output or Path("ablation", arguments.config.stem)
     arms = parse_arms(arguments.arms)
     ablation = Ablation(

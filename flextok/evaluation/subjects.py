@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..data.digits import Digits
 from ..data.images import ImageFolderDataset, list_images
 from ..data.photos import PhotoCrops
 from ..flextok_wrapper import CONFIG_NAME, FlexTok, FlexTokFromHub
@@ -112,15 +113,19 @@ class ImageSet:
 
 
 def load_images(data: str, img_size: int, n_images: Optional[int]) -> ImageSet:
-    """The images of a folder, or crops of the photographs that wheels carry.
+    """The images of a folder, scikit-learn's validation digits, or crops of the photographs that wheels carry.
 
-    Classes are a folder's sub-folders (of at least two, with two images or more each), or the photographs. A folder's
+    Classes are a folder's sub-folders (of at least two, with two images or more each), digits or photographs. A folder's
     odd images of each class are evaluated and its even ones fitted to only where probes are; every image is evaluated
     for reconstruction.
 
     Args:
         n_images: At most so many, a random choice that is the same each time; None: all (`photos`: 256).
     """
+    if data == "digits":
+        test = _digits("val", img_size, n_images)
+        test.train = _digits("train", img_size, None)
+        return test
     if data == "photos":
         test = _photos("val", img_size, n_images or 256)
         test.train = _photos("train", img_size, len(test))
@@ -135,6 +140,12 @@ def load_images(data: str, img_size: int, n_images: Optional[int]) -> ImageSet:
     if len(classes) > 1 and min(map(names.count, classes)) >= 2:
         images.classes, images.labels = classes, [classes.index(name) for name in names]
     return images
+
+
+def _digits(split: str, img_size: int, n: Optional[int]) -> ImageSet:
+    dataset = Digits(split, img_size)
+    dataset.pixels, dataset.names = dataset.pixels[:n], dataset.names[:n]
+    return ImageSet("digits", dataset, dataset.labels[:n], dataset.classes)
 
 
 def _photos(split: str, img_size: int, n: int) -> ImageSet:

@@ -20,8 +20,8 @@ INITIAL_STD = 0.3
 class TokenReadout(nn.Module):
     """Mean squared error of latents [B, C, h, w] predicted linearly from the first k registers [B, L, c].
 
-    k is a power of two up to L, or L itself, drawn for each image by address; the other registers count as 0, so that
-    the first ones learn what matters most.
+    k is uniform in 1..L, drawn for each image by address; the other registers count as 0, so that the first ones learn
+    what matters most, and all of them something.
 
     The layer in front of the quantiser starts at zero, and so do all codes. Were the read-out to start at zero too,
     neither would give the other a gradient; with random weights each number of a code is at once asked for a random
@@ -38,7 +38,6 @@ class TokenReadout(nn.Module):
         self.linear = nn.Linear(n_registers * channels, n_latents)
         nn.init.normal_(self.linear.weight, std=INITIAL_STD, generator=generator(seed, "readout"))
         nn.init.zeros_(self.linear.bias)
-        self.counts = sorted({2**i for i in range(n_registers.bit_length()) if 2**i <= n_registers} | {n_registers})
 
     def forward(self, quants: torch.Tensor, latents: torch.Tensor, random: BatchRandom) -> torch.Tensor:
         """The loss, a scalar in fp32.
@@ -48,8 +47,7 @@ class TokenReadout(nn.Module):
             latents: The clean latents [B, C, h, w], of which no gradient is taken.
             random: Draws k.
         """
-        counts = torch.tensor(self.counts, device=quants.device)
-        keep_k = counts[random.integers("readout/keep_k", 0, len(self.counts) - 1)]
+        keep_k = random.integers("readout/keep_k", 1, quants.shape[1])
         kept = torch.arange(quants.shape[1], device=quants.device) < keep_k[:, None]  # [B, L]
         with precision(quants.device, torch.float32):
             prediction = self.linear((quants.float() * kept[..., None]).flatten(1))

@@ -108,7 +108,7 @@ def cache_summary(config: TrainConfig, train_dataset, val_dataset, device: torch
     return [("feature cache" if split == "train" else "", plan.describe()) for split, plan in plans.items()]
 
 
-def what_was_learned(metrics: Dict[str, float], warning: str) -> str:
+def what_was_learned(metrics: Dict[str, float], warnings: Dict[str, str]) -> str:
     """The end of a run in numbers: what its last validation and picture measured, as lines; empty if nothing was."""
     lines = []
     by_count = {int(key.removeprefix("val/psnr_k")): metrics[key] for key in metrics if key.startswith("val/psnr_k")}
@@ -124,6 +124,5 @@ def what_was_learned(metrics: Dict[str, float], warning: str) -> str:
             f"  codes      {metrics['val/codes_distinct_1']:.0%} of the images have a first code of their own "
             f"({entropy:.1f} bits)"
         )
-    if warning:
-        lines.append(f"  warning    {warning}")
+    lines += [f"  warning    {warning}" for warning in filter(None, warnings.values())]
     return "".join(f"\n{line}" for line in lines)
