@@ -826,8 +826,7 @@ class FlexTokTrainer:
         if n == 0:
             return {}, None
         model, sums, tokens = self.model, {}, []
-        indices = [i * len(self.val_loader.dataset) // n for i in range(n)]
-        images = torch.utils.data.Subset(self.val_loader.dataset, indices)
+        images = torch.utils.data.Subset(self.val_loader.dataset, spread(n, len(self.val_loader.dataset)))
         with self._evaluating():
             for batch in plain_batches(images, self.config.val_batch_size or self.config.batch_size, 0):
                 self._raise_if_asked_to_stop()
@@ -944,7 +943,7 @@ class FlexTokTrainer:
             timesteps=config.inference_steps, guidance_scale=config.guidance_scale,
             perform_norm_guidance=config.perform_norm_guidance,
         )  # fmt: skip
-        subset = torch.utils.data.Subset(loader.dataset, range(n))
+        subset = torch.utils.data.Subset(loader.dataset, spread(n, len(loader.dataset)))
         rows: Dict[str, List[torch.Tensor]] = {}
         with self._evaluating():
             for images in plain_batches(subset, max(n_pictured, config.val_batch_size or config.batch_size), 0):
@@ -971,7 +970,7 @@ class FlexTokTrainer:
         path = self.run_dir / "pictures" / f"flexible_length_{self.global_step:07d}.png"
         if rank() == 0:
             try:
-                save_grid([column[:n_pictured] for column in columns.values()], list(columns), path)
+                save_grid([column[spread(n_pictured, n)] for column in columns.values()], list(columns), path)
             except OSError as error:
                 log.warning("the picture %s cannot be written: %s", path, error)
                 return None
@@ -1219,6 +1218,11 @@ def plain_batches(dataset, batch_size: int, num_workers: int) -> Iterator[torch.
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
     for items in loader:
         yield torch.stack([item_image(item) for item in items])
+
+
+def spread(n: int, total: int) -> List[int]:
+    """n indices, evenly spread over a dataset of `total` images, whose order may be one of kinds."""
+    return [i * total // n for i in range(n)]
 
 
 def item_image(item) -> torch.Tensor:

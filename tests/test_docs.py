@@ -89,7 +89,7 @@ def test_the_debugging_snippets_run_as_printed(monkeypatch, capsys):
     for block in blocks:
         exec(compile(block, "README_REPA.md", "exec"), namespace)
     printed = capsys.readouterr().out
-    assert "REPA module loaded: True" in printed and "REPA loss: " in printed and "Decoder width: 256" in printed
+    assert "REPA module loaded: True" in printed and "REPA loss: " in printed and "Decoder width: 96" in printed
     for name in re.findall(r"{(\w+)\.shape}", shapes):  # the names that the printed lines use in compute_repa_loss
         assert name in FlexTokTrainer.compute_repa_loss.__code__.co_varnames
 
