@@ -51,12 +51,15 @@ def build(run_dir: Path, **changes) -> train_flextok.FlexTokTrainer:
     model.vae = InDouble(model.vae)
     quants = model.regularizer.quants_write_key  # computed in fp32
     model.regularizer.register_forward_hook(lambda *call: call[2].update({quants: call[2][quants].double()}))
-    original = train_flextok.build_repa_module
-    train_flextok.build_repa_module = lambda *arguments: original(*arguments).double()
+    builders = {name: getattr(train_flextok, name) for name in ("build_repa_module", "build_readout")}
+    for name, original in builders.items():
+        double = lambda *arguments, original=original: (module := original(*arguments)) and module.double()  # noqa: E731
+        setattr(train_flextok, name, double)
     try:
         return train_flextok.FlexTokTrainer(config, model, train_loader, val_loader, CPU, run_dir)
     finally:
-        train_flextok.build_repa_module = original
+        for name, original in builders.items():
+            setattr(train_flextok, name, original)
 
 
 def train_briefly(run_dir: Path, steps: int = STEPS, resume: Path = None, **changes) -> dict:
@@ -67,6 +70,8 @@ def train_briefly(run_dir: Path, steps: int = STEPS, resume: Path = None, **chan
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     for i, projector in enumerate(trainer.projectors):
         names.update({id(p): f"projector.{i}.{name}" for name, p in projector.named_parameters()})
+    for readout in trainer.readouts:
+        names.update({id(p): f"readout.{name}" for name, p in readout.named_parameters()})
     gradients, draws, losses = {}, {}, []
 
     def note_draws(module, arguments, output):
@@ -140,10 +145,10 @@ def without_exchange(modules, compute):
 
 RUNS = {
     "ddp": dict(use_repa=False),
-    "ddp, accumulated": dict(use_repa=True, batch_size=1),
+    "ddp, accumulated": dict(use_repa=True, batch_size=1, readout_weight=1.0),
     "ddp, checkpointing": dict(use_repa=True, gradient_checkpointing=True, use_ema=True),
     "fsdp": dict(use_repa=False, parallel="fsdp"),
-    "fsdp, accumulated": dict(use_repa=True, parallel="fsdp", batch_size=1),
+    "fsdp, accumulated": dict(use_repa=True, parallel="fsdp", batch_size=1, readout_weight=1.0),
     "fsdp, checkpointing": dict(use_repa=True, parallel="fsdp", gradient_checkpointing=True, use_ema=True),
     "no exchange": dict(use_repa=False),
     "no exchange, REPA": dict(use_repa=True),

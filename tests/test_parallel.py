@@ -50,6 +50,7 @@ def runs(tmp_path_factory):
         use_repa: train_briefly(folder / f"one-{use_repa}", use_repa=use_repa, batch_size=4)
         for use_repa in (False, True)
     }
+    one["readout"] = train_briefly(folder / "one-readout", use_repa=True, readout_weight=1.0, batch_size=4)
     one["ema"] = train_briefly(folder / "one", use_repa=True, use_ema=True, batch_size=4)
     one["resumed"] = train_briefly(folder / "one-resumed", STEPS + 4, Path(one["ema"]["checkpoint"]), use_repa=True,
                                    use_ema=True, batch_size=4)  # fmt: skip
@@ -62,6 +63,8 @@ def runs(tmp_path_factory):
 def counterpart(one: dict, name: str) -> dict:
     if "resumed" in name:
         return one["resumed"]
+    if "accumulated" in name:
+        return one["readout"]
     return one["ema"] if "checkpointing" in name else one[RUNS[name]["use_repa"]]
 
 

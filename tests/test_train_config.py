@@ -140,3 +140,40 @@ def test_a_missing_config_lists_those_there_are(tmp_path):
 def test_a_config_survives_the_way_through_a_dict():
     settings = config(use_repa=True, model={"encoder_depth": 3})
     assert TrainConfig.from_dict(settings.to_dict()) == settings
+
+
+USERS_OWN = """
+model_name: EPFL-VILAB/flextok_d18_d18_in1k
+disable_gradient_checkpointing: false
+data_path: ./data/celeba_hq
+learning_rate: 1.0e-6
+encoder_lr: 1.0e-6
+decoder_lr: 1.0e-6
+vae_lr: 1.0e-6
+min_lr: 1.0e-6
+scheduler: cosine
+warmup_steps: 200
+betas: [0.9, 0.999]
+val_batch_size: 64
+max_val_batches: null
+checkpoint_dir: ./checkpoints/celebahq_ft
+save_every: 1
+use_ema: false
+ema_decay: 0.999
+inference_steps: 20
+vis_token_counts: [1, 2, 3, 4, 16, 256]
+use_repa: false
+repa_weight: 1.0
+repa_encoder_type: 'dinov2_vitl14'
+repa_encoder_dim: 1024
+repa_target_size: [37, 37]
+repa_lr: 1.0e-4
+"""
+
+
+def test_a_config_that_people_have_is_valid_as_it_is(tmp_path):
+    (tmp_path / "own.yaml").write_text(USERS_OWN)
+    config = load_config(tmp_path / "own.yaml")
+    assert config.gradient_checkpointing and config.vis_token_counts == [1, 2, 3, 4, 16, 256]
+    assert config.learning_rates() == {"encoder": 1e-6, "decoder": 1e-6}
+    assert load_config(tmp_path / "own.yaml", ["use_repa=true"]).learning_rates()["repa_projector"] == 1e-4

@@ -325,6 +325,14 @@ def test_schedule_none_keeps_the_rate_after_warm_up():
     assert rates(scheduler="none") == pytest.approx([5e-4] + [1e-3] * 11)
 
 
+@pytest.mark.parametrize("scheduler", ["cosine", "linear"])
+def test_a_min_lr_equal_to_the_rate_is_a_constant_rate_with_one_warning(scheduler, caplog):
+    assert rates(scheduler=scheduler, learning_rate=1e-6, min_lr=1e-6) == pytest.approx([5e-7] + [1e-6] * 11)
+    warnings = [record.message for record in caplog.records if "min_lr" in record.message]
+    assert warnings == ["min_lr is 1e-06, no less than the learning rate of encoder, decoder: it does not fall after "
+                        "the warm-up"]  # fmt: skip
+
+
 def test_each_group_has_its_own_rate_and_ends_at_min_lr():
     trainer = make_trainer(decoder_lr=2e-3, repa_lr=5e-4, warmup_steps=0)
     for _ in range(trainer.total_steps - 1):

@@ -40,7 +40,7 @@ class TokenReadout(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, quants: torch.Tensor, latents: torch.Tensor, random: BatchRandom) -> torch.Tensor:
-        """The loss, a scalar in fp32.
+        """The loss, a scalar, computed in fp32 whatever the autocast.
 
         Args:
             quants: Quantised registers [B, L, c], with the gradient that passes the quantiser.
@@ -49,6 +49,7 @@ class TokenReadout(nn.Module):
         """
         keep_k = random.integers("readout/keep_k", 1, quants.shape[1])
         kept = torch.arange(quants.shape[1], device=quants.device) < keep_k[:, None]  # [B, L]
+        dtype = self.linear.weight.dtype
         with precision(quants.device, torch.float32):
-            prediction = self.linear((quants.float() * kept[..., None]).flatten(1))
-        return F.mse_loss(prediction, latents.detach().float().flatten(1))
+            prediction = self.linear((quants.to(dtype) * kept[..., None]).flatten(1))
+        return F.mse_loss(prediction, latents.detach().to(dtype).flatten(1))
