@@ -34,19 +34,19 @@ def flow_losses(model: nn.Module, encoded: dict, random: BatchRandom) -> Dict[st
         random: Draws noise and noise levels.
     """
     noise_module, pipeline = model.flow_matching_noise_module, model.pipeline
-    latents = encoded[noise_module.clean_images_read_key].float()
+    latents = encoded[noise_module.clean_images_read_key]
     quants = encoded[model.regularizer.quants_write_key]
-    noise = random.normal("flow_noise", latents.shape[1:])
+    noise = random.normal("flow_noise", latents.shape[1:]).to(latents.dtype)
 
     def loss(keep_k: int, sigmas: torch.Tensor) -> torch.Tensor:
-        sigma = sigmas.view(-1, 1, 1, 1)
+        sigma = sigmas.view(-1, 1, 1, 1).to(latents.dtype)
         data = {
             pipeline.latents_read_key: quants,
             pipeline.noised_images_read_key: sigma * noise + (1 - sigma) * latents,
             pipeline.timesteps_read_key: sigmas,
             **model.kept_tokens([keep_k] * len(latents)),
         }
-        return F.mse_loss(model.decoder(data)[pipeline.reconst_write_key].float(), noise - latents)
+        return F.mse_loss(model.decoder(data)[pipeline.reconst_write_key].float(), (noise - latents).float())
 
     sigmas, n = noise_module.sample_sigmas(random), model.n_registers
     losses = {f"flow_loss_k{k}": loss(k, sigmas) for k in powers_of_four(n)}
