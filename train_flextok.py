@@ -810,7 +810,7 @@ class FlexTokTrainer:
         }
         token_metrics, tokens = self._validate_tokens()
         metrics.update(token_metrics)
-        if self.start_tokens is not None and tokens is not None:
+        if self.start_tokens is not None and tokens is not None and tokens.shape == self.start_tokens.shape:
             metrics["val/codes_kept"] = float((tokens == self.start_tokens).float().mean())
         self._write_metrics(metrics)
         self._warn_of_tokens("codes", tokens_warning(tokens))
@@ -1124,7 +1124,8 @@ class FlexTokTrainer:
             self.ema.load_state_dict(check_weights(self.model, averages, f"{path} (averages)"))
         if then.get("best_metric", "val/flow_loss") == self.config.best_metric:
             self.best_val_loss = checkpoint["best_val_loss"]
-        self.start_tokens = checkpoint.get("start_tokens")
+        tokens = checkpoint.get("start_tokens")
+        self.start_tokens = tokens if isinstance(tokens, torch.Tensor) else None
         self.constant_losses = checkpoint["constant_losses"]
         self.nonfinite_steps = int(checkpoint.get("nonfinite_steps", 0))
         self.validation_due = bool(checkpoint.get("validation_due", False))

@@ -473,6 +473,9 @@ def test_the_dtype_setting_follows_the_device(has_bf16, auto, monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 and not including_emulation
     )
+    monkeypatch.setattr(  # whether a CPU is faster in it is measured: tests/test_tokens_in_training.py
+        "flextok.model.utils.repa_encoders.faster_in_bf16", lambda device, *_: dtypes.computes_bf16(device)
+    )
     for device in (torch.device("cpu"), torch.device("cuda:1")):
         assert dtypes.computes_bf16(device) == has_bf16
         assert encoder_dtype("auto", device) == encoder_dtype(None, device) == auto
