@@ -280,7 +280,10 @@ def frechet_distance(mean_a: torch.Tensor, cov_a: torch.Tensor, mean_b: torch.Te
 
 def _factor(cov: torch.Tensor) -> torch.Tensor:
     """X [C, rank] with X X^T = cov."""
-    values, vectors = torch.linalg.eigh(cov)
+    from scipy.linalg import eigh
+
+    # LAPACK's default (divide and conquer) fails on some matrices with many equal eigenvalues: few, similar images.
+    values, vectors = (torch.from_numpy(array).to(cov.device) for array in eigh(cov.cpu().numpy(), driver="evr"))
     noise = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
     kept = values > noise
     return vectors[:, kept] * values[kept].sqrt()
