@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_trainer(preset: str, device: torch.device, **settings) -> FlexTokTrainer:
-    """A trainer whose batches bring their latents (`latent_batch`); the model's weights are random."""
-    config = dict(model=dict(preset=preset), img_size=IMG_SIZE, use_wandb=False, **settings)
+    """A trainer whose batches bring their latents (`latent_batch`); a published size with random weights, fine-tuned."""
+    config = dict(model=dict(preset=preset), img_size=IMG_SIZE, use_wandb=False, readout_weight=0.0, **settings)
     with torch.random.fork_rng(devices=[]):
         model = FlexTokFromHub(preset_config(preset, vae_hub_path=None))
     images = TensorDataset(torch.zeros(100_000, 1).expand(-1, 3)[:, :, None, None])
