@@ -328,3 +328,16 @@ def test_use_amp_takes_auto_true_or_false():
         assert TrainConfig.from_dict({"use_amp": value}).use_amp == value
     with pytest.raises(ConfigError, match="use_amp is 'yes'.*true or false or auto"):
         TrainConfig.from_dict({"use_amp": "yes"})
+
+
+# ----------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def test_the_study_of_fine_tuning_rates_keeps_codes_at_small_ones(tmp_path, capsys):
+    from flextok.evaluation.finetuning import main
+
+    main(["--steps", "4", "--tuning-steps", "4", "--rates", "1e-9", "1e-1", "--output", str(tmp_path)])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows[2:]] == ["not fine-tuned", "1e-09", "0.1"]
+    kept = [float(row[2].strip(" %")) for row in rows[2:]]
+    assert kept[0] == 100 and kept[1] > 99 > kept[2]
