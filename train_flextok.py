@@ -640,7 +640,7 @@ class FlexTokTrainer:
                 metrics = self.latest
             self.validation_due = False
             more_is_better = self.config.best_metric.startswith(("val/psnr", "val/codes"))
-            value = metrics[self.config.best_metric] * (-1 if more_is_better else 1)
+            value = metrics.get(self.config.best_metric, math.nan) * (-1 if more_is_better else 1)
             best = value < self.best_val_loss
             if best:
                 self.best_val_loss = value
