@@ -373,7 +373,7 @@ def test_an_ablation_trains_evaluates_and_reports_and_does_nothing_twice(tmp_pat
 
 
 def test_the_time_before_an_interruption_counts(tmp_path, monkeypatch):
-    one = ablation.Ablation(Path("configs/ablation_quickstart.yaml"), {}, [], [], [], tmp_path)
+    one = ablation.Ablation(Path("configs/quickstart.yaml"), {}, [], [], [], tmp_path)
     wait = ablation.os.wait4
     monkeypatch.setattr(ablation.os, "wait4", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -393,6 +393,6 @@ def test_a_mistyped_run_in_a_folder_of_runs_is_no_hub_name(tmp_path, monkeypatch
 
 def test_an_arm_with_a_bad_setting_is_refused_before_any_arm_trains(tmp_path):
     with pytest.raises(ConfigError, match="arm 'repa_stopp=5': unknown setting: 'repa_stopp'"):
-        ablation.main(["--config", "configs/ablation_quickstart.yaml", "--arms", "baseline,repa_stopp=5", "--output",
+        ablation.main(["--config", "configs/quickstart.yaml", "--arms", "baseline,repa_stopp=5", "--output",
                        str(tmp_path)])  # fmt: skip
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """Does it help? Train the arms of a comparison, evaluate each, and write one report.
 
-    python -m flextok.evaluation.ablation --config configs/ablation_quickstart.yaml --arms baseline,repa
+    python -m flextok.evaluation.ablation --config configs/quickstart.yaml --arms baseline,repa
 
 Arms differ in their settings alone: seed, data order, noise, timesteps, token counts and validation are functions of
 (seed, step, position) and the same in all of them. An arm that is finished is not run again.
