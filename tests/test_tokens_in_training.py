@@ -341,3 +341,10 @@ def test_the_study_of_fine_tuning_rates_keeps_codes_at_small_ones(tmp_path, caps
     assert [row[0].strip() for row in rows[2:]] == ["not fine-tuned", "1e-09", "0.1"]
     kept = [float(row[2].strip(" %")) for row in rows[2:]]
     assert kept[0] == 100 and kept[1] > 99 > kept[2]
+
+
+def test_a_run_that_is_resumed_at_its_end_logs_nothing_twice(tmp_path):
+    for _ in range(2):
+        run_main(tmp_path, run_dir=tmp_path / "run", resume="latest", **{**DIGITS, "num_epochs": 1, "batch_size": 500})
+    steps = [record["step"] for record in read_metrics(tmp_path / "run") if "val/psnr_k1" in record]
+    assert steps == [3]

@@ -49,6 +49,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, resume_step: Optional[int] = None, wandb_settings: Optional[dict] = None):
         self.path = run_dir / "metrics.jsonl"
         truncate_metrics(self.path, -1 if resume_step is None else resume_step)
+        self.there = set(self.path.read_text().splitlines()) if self.path.exists() else set()
         self.file = open(self.path, "a", buffering=1)
         self.run = self._start_wandb(run_dir, wandb_settings) if wandb_settings is not None else None
 
@@ -75,10 +76,16 @@ class MetricsLog:
         return self.run.id if self.run is not None else None
 
     def write(self, metrics: Dict[str, float], step: int) -> None:
-        """Log plain numbers at a step; what is not finite becomes null in the file."""
+        """Log plain numbers at a step; what is not finite becomes null in the file.
+
+        A record that the file held when it was opened is not written again: a run that is resumed at its end draws and
+        measures once more what it did after its last checkpoint.
+        """
         metrics = {**metrics, "train/step": step}
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        line = json.dumps({"step": step, **finite})
+        if line not in self.there:
+            self.file.write(line + "\n")
         if self.run is not None:
             self.run.log(metrics)
 
