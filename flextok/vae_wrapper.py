@@ -235,6 +235,9 @@ class BlockDCTVAE(PixelUnshuffleVAE):
     Args:
         factor: Side of a block in pixels.
         coefficients: Kept coefficients of brightness and of each colour difference; [n, 0] is grey.
+        whitening: 1: every number has about unit variance, so that all frequencies weigh the same in the losses; 0: the
+            numbers as they are, so that they weigh as what one sees, 0.5: between the two, their standard deviations
+            to the power of 0.5.
         scaling_factor: Factor on the latents.
     """
 
@@ -246,6 +249,7 @@ class BlockDCTVAE(PixelUnshuffleVAE):
         images_reconst_write_key: str = "rgb_reconst",
         factor: int = 8,
         coefficients: Sequence[int] = (10, 3),
+        whitening: float = 1.0,
         scaling_factor: float = 1.0,
         force_vae_encode: bool = True,
     ):
@@ -264,7 +268,7 @@ class BlockDCTVAE(PixelUnshuffleVAE):
             colour = torch.tensor(colour, dtype=torch.float64)
             for u, v in frequencies[:kept]:
                 rows.append(torch.einsum("c,i,j->cij", colour / colour.norm(), dct[u], dct[v]).flatten())
-                stds.append(std * factor / (1 + DCT_DECAY * math.hypot(u, v)))
+                stds.append((std * factor / (1 + DCT_DECAY * math.hypot(u, v))) ** whitening)
         rows, stds = torch.stack(rows), torch.tensor(stds, dtype=torch.float64)[:, None]
         self.latent_channels = len(rows)
         self.register_buffer("analysis", (rows / stds).float(), persistent=False)  # [latent_channels, 3 * factor^2]

@@ -103,7 +103,7 @@ EFFECTS = {
     "use_act_checkpoint": (True, lambda m: m.decoder.module_dict["dec_transformer"].use_act_checkpoint),
 }
 NEEDS_STABLE_DIFFUSION = {"latent_channels", "vae_hub_path"}
-NEEDS_DCT = {"dct_coefficients"}
+NEEDS_DCT = {"dct_coefficients", "dct_whitening"}
 
 
 def test_the_table_of_effects_covers_every_argument():

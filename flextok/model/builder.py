@@ -72,6 +72,7 @@ def build_config(
     vae_scaling_factor: Optional[float] = None,
     latent_channels: int = 16,
     dct_coefficients: Sequence[int] = (10, 3),
+    dct_whitening: float = 1.0,
     repa_layers: Sequence[int] = (1,),
     keep_k_mode: str = "uniform",
     null_condition_prob: float = 0.2,
@@ -98,6 +99,8 @@ def build_config(
         vae_scaling_factor: Factor on the latents; None: the AutoencoderKL's own, 0.5 for pixels, 1 for `dct`.
         latent_channels: Channels of the AutoencoderKL's latents (4, 8 or 16 as published).
         dct_coefficients: Kept coefficients of each block for `dct`: of brightness, and of each colour difference.
+        dct_whitening: 1: they have about unit variance each; 0: as they are, so that low frequencies weigh more in the
+            losses; or between the two.
         repa_layers: Decoder blocks whose output is kept for REPA, 0 the first.
         keep_k_mode: How nested dropout draws the number of kept tokens: `uniform`, `pow2` or `uniform_pow2`.
         null_condition_prob: Probability that an image is trained without its tokens, for guidance.
@@ -144,7 +147,9 @@ def build_config(
     if vae != "stable_diffusion":
         vae_config = {"_target_": "flextok.vae_wrapper.PixelUnshuffleVAE", "factor": factor}
         if vae == "dct":
-            vae_config.update(_target_="flextok.vae_wrapper.BlockDCTVAE", coefficients=list(dct_coefficients))
+            vae_config.update(
+                _target_="flextok.vae_wrapper.BlockDCTVAE", coefficients=list(dct_coefficients), whitening=dct_whitening
+            )
         if vae_scaling_factor is not None:
             vae_config["scaling_factor"] = vae_scaling_factor
     else:
