@@ -2,33 +2,53 @@
 
 import copy
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 
+from .flow_matching.pipelines import Sizes
 from .utils.batching import dense_batches
-from .utils.checkpoint import build_model, load_safetensors, save_safetensors
-from .utils.config import ConfigError, check_tree, instantiate
+from .utils.checkpoint import (
+    CheckpointError,
+    PathLike,
+    advice_on_training_checkpoint,
+    check_weights,
+    clean_key,
+    load_safetensors,
+    load_weights,
+    save_safetensors,
+)
+from .utils.config import ConfigError, instantiate
 from .utils.files import write_atomically
 from .utils.modules import evaluating
 from .utils.plain import read_json_object
 
 PARTS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
-WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
 
 
-def flat_config(config: Dict) -> Dict:
+def flat_config(config: dict) -> dict:
     """The parts of a FlexTok config, which may stand at its top or under the key `config`; raises ConfigError."""
     if isinstance(config, dict) and isinstance(config.get("config"), dict):
         config = config["config"]
     missing = [part for part in PARTS if not isinstance(config, dict) or not isinstance(config.get(part), dict)]
     if missing:
         raise ConfigError(f"config: {', '.join(missing)} missing; a FlexTok config is a dict of {', '.join(PARTS)}")
-    check_tree(config)
     return {part: config[part] for part in PARTS}
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights in the folder of a saved model; raises FileNotFoundError, with where they are if it is a run's."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return folder / WEIGHTS_NAME
+    if (folder / "export" / WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(f"the folder {folder} has no {WEIGHTS_NAME}, but {folder / 'export'} has: give that")
+    raise FileNotFoundError(f"the folder {folder} has no {WEIGHTS_NAME}")
 
 
 class FlexTok(nn.Module):
@@ -58,8 +78,11 @@ class FlexTok(nn.Module):
         pipeline: Callable,
     ):
         super().__init__()
-        self.vae, self.encoder, self.decoder = vae, encoder, decoder
-        self.regularizer, self.flow_matching_noise_module = regularizer, flow_matching_noise_module
+        self.vae = vae
+        self.encoder = encoder
+        self.decoder = decoder
+        self.regularizer = regularizer
+        self.flow_matching_noise_module = flow_matching_noise_module
         for part in PARTS[:-1]:
             if not isinstance(getattr(self, part), nn.Module):
                 raise ConfigError(f"{part} is a {type(getattr(self, part)).__name__}, expected a module")
@@ -70,6 +93,7 @@ class FlexTok(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the decoder is."""
         return next(self.decoder.parameters()).device
 
     @property
@@ -84,36 +108,54 @@ class FlexTok(nn.Module):
 
     @dense_batches
     def forward(self, data_dict: dict) -> dict:
-        """Training pass: encode, quantise, noise the latents, predict the velocity (and leave REPA's activations)."""
-        data_dict = self._encode(data_dict)
-        return self.decoder(self.flow_matching_noise_module(data_dict))
+        """Training pass: encode, quantise, noise the latents, predict the velocity [B, C, h, w].
 
-    def _encode(self, data_dict: dict) -> dict:
-        return self.regularizer(self.encoder(self.vae.encode(data_dict)))
+        The decoder also leaves the activations that REPA reads.
+        """
+        data_dict = self.encode(data_dict)
+        data_dict = self.flow_matching_noise_module(data_dict)
+        return self.decoder(data_dict)
 
     @dense_batches
     def encode(self, data_dict: dict) -> dict:
-        """Images (or latents, if the VAE takes them) to quantised registers and tokens."""
-        return self._encode(data_dict)
+        """Images [B, 3, H, W], or latents [B, C, h, w] if the VAE takes them, to registers [B, L, c] and tokens [B, L].
+
+        Raises:
+            ValueError: Images that are not floats, or of a shape that the VAE does not take.
+        """
+        data_dict = self.vae.encode(data_dict)
+        data_dict = self.encoder(data_dict)
+        return self.regularizer(data_dict)
 
     def decode(
         self,
         data_dict: dict,
         timesteps: int = 25,
-        generator: Optional[torch.Generator] = None,
-        vae_image_sizes=None,
+        generator: torch.Generator | None = None,
+        vae_image_sizes: Sizes | None = None,
         verbose: bool = False,
-        guidance_scale: Union[float, Callable[[float], float]] = 1.0,
+        guidance_scale: float | Callable[[float], float] = 1.0,
         perform_norm_guidance: bool = False,
     ) -> dict:
-        """Quantised registers, or tokens if there are none, to latents and images; arguments as MinRFPipeline's."""
+        """Quantised registers [B, L, c], or tokens [B, l] if there are none, to latents [B, C, h, w] and images.
+
+        The arguments are those of MinRFPipeline.
+
+        Raises:
+            KeyError: Neither registers nor tokens.
+            ValueError: Tokens of another shape or outside the codebook, or arguments that do not fit.
+        """
         if self.regularizer.quants_write_key not in data_dict:
             self._quants_from_tokens(data_dict)
         data_dict = self.pipeline(
             data_dict, timesteps, generator, vae_image_sizes, verbose, guidance_scale, perform_norm_guidance
         )
-        with torch.no_grad():
-            return self.vae.decode(data_dict)
+        return self._decode_latents(data_dict)
+
+    @dense_batches
+    @torch.no_grad()
+    def _decode_latents(self, data_dict: dict) -> dict:
+        return self.vae.decode(data_dict)
 
     def autoencode(self, data_dict: dict, **decode_arguments) -> dict:
         """Encode and decode to images of the same sizes; arguments as those of `decode`."""
@@ -123,53 +165,73 @@ class FlexTok(nn.Module):
         return self.decode(data_dict, **decode_arguments)
 
     @torch.no_grad()
-    def tokenize(self, images: Union[torch.Tensor, Sequence[torch.Tensor]]) -> List[torch.Tensor]:
-        """Images [B, 3, H, W] in [-1, 1] (or a list of [1, 3, H, W]) -> list of B tokens [1, L], long."""
+    def tokenize(self, images: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Images [B, 3, H, W] in [-1, 1] (or a list of [1, 3, H, W]) -> list of B tokens [1, L], long.
+
+        Raises:
+            ValueError: Images that are not floats, as pixels of uint8, or of a shape that the VAE does not take.
+        """
         images = images if isinstance(images, torch.Tensor) else list(images)
         with evaluating(self):
             tokens = self.encode({self.vae.images_read_key: images})[self.regularizer.tokens_write_key]
         return list(tokens.split(1)) if isinstance(tokens, torch.Tensor) else tokens
 
     @torch.no_grad()
-    def detokenize(self, token_ids_list: Sequence[torch.Tensor], vae_image_sizes=None, **decode_arguments):
-        """Tokens, a list of [1, l] with l <= L (lengths may differ), -> images [B, 3, H, W] in about [-1, 1].
+    def detokenize(
+        self,
+        token_ids_list: torch.Tensor | Sequence[torch.Tensor],
+        vae_image_sizes: Sizes | None = None,
+        **decode_arguments,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Tokens -> images [B, 3, H, W] in about [-1, 1]; images of several sizes come as a list of [1, 3, H, W].
 
-        `vae_image_sizes` and `decode_arguments` are those of `decode`. Images of several sizes come as a list.
+        Args:
+            token_ids_list: One batch [B, l], or a list of [1, l] whose lengths may differ; l <= L.
+            vae_image_sizes, decode_arguments: Those of `decode`.
+
+        Raises:
+            ValueError: Tokens of another shape or outside the codebook.
         """
-        data_dict = {self.regularizer.tokens_write_key: list(token_ids_list)}
+        tokens = token_ids_list if isinstance(token_ids_list, torch.Tensor) else list(token_ids_list)
+        data_dict = {self.regularizer.tokens_write_key: tokens}
         data_dict = self.decode(data_dict, vae_image_sizes=vae_image_sizes, **decode_arguments)
         images = data_dict[self.vae.images_reconst_write_key]
-        return images if len({image.shape for image in images}) > 1 else torch.cat(images)
+        if isinstance(images, torch.Tensor) or len({image.shape for image in images}) > 1:
+            return images
+        return torch.cat(images)
 
     def _quants_from_tokens(self, data_dict: dict) -> None:
-        """Write quantised registers and keep_k for tokens of any length: padded with token 0, then masked."""
-        key, n_max = self.regularizer.tokens_write_key, self.n_registers
+        """Write quantised registers [B, L, c] and keep_k for tokens of any length: padded with token 0, then masked."""
+        key = self.regularizer.tokens_write_key
         if key not in data_dict:
             raise KeyError(f"decode needs {self.regularizer.quants_write_key!r} or {key!r} in the data_dict")
         tokens = data_dict[key]
         if len(tokens) == 0:
             raise ValueError("the list of tokens is empty")
-        padded = torch.zeros(len(tokens), n_max, dtype=torch.long)
-        lengths = []
-        for i, row in enumerate(tokens):
-            row = row.detach().cpu()
-            integers = not row.is_floating_point() and row.dtype != torch.bool
-            if not integers or row.numel() != row.shape[-1] or not 1 <= row.numel() <= n_max:
-                raise ValueError(
-                    f"tokens of image {i} are {row.dtype} {list(row.shape)}, expected integers [1, l] "
-                    f"with l from 1 to {n_max}"
-                )
-            row = row.flatten()
-            if row.min() < 0 or row.max() >= self.regularizer.codebook_size:
-                raise ValueError(
-                    f"tokens of image {i} reach from {row.min()} to {row.max()}, but the codebook has 0 to "
-                    f"{self.regularizer.codebook_size - 1}"
-                )
-            padded[i, : len(row)] = row
-            lengths.append(len(row))
+        rows = tokens if isinstance(tokens, list) else tokens.split(1)
+        rows = [self._checked_tokens(row, i) for i, row in enumerate(rows)]
+        lengths = [row.shape[1] for row in rows]
+        padded = torch.cat([F.pad(row, (0, self.n_registers - row.shape[1])) for row in rows])
         quants = self.regularizer.indices_to_embedding(padded.to(self.device))
         data_dict[self.regularizer.quants_write_key] = list(quants.split(1)) if isinstance(tokens, list) else quants
-        data_dict.update({**self.kept_tokens(lengths), **data_dict})
+        for key, counts in self.kept_tokens(lengths).items():
+            data_dict.setdefault(key, counts)
+
+    def _checked_tokens(self, row: torch.Tensor, i: int) -> torch.Tensor:
+        """The tokens of image i, long [1, l] on the CPU; raises ValueError if the quantiser has no such tokens."""
+        row = row.detach().cpu()
+        integers = not row.is_floating_point() and row.dtype != torch.bool
+        if not integers or row.ndim != 2 or len(row) != 1 or not 1 <= row.shape[1] <= self.n_registers:
+            raise ValueError(
+                f"tokens of image {i} are {row.dtype} {list(row.shape)}, expected integers [1, l] with l from 1 to "
+                f"{self.n_registers}; or all images as one batch [B, l]"
+            )
+        if row.min() < 0 or row.max() >= self.regularizer.codebook_size:
+            raise ValueError(
+                f"tokens of image {i} reach from {row.min()} to {row.max()}, but the codebook has 0 to "
+                f"{self.regularizer.codebook_size - 1}"
+            )
+        return row.long()
 
 
 class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
@@ -183,7 +245,7 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
         ConfigError: The config cannot be built.
     """
 
-    def __init__(self, config: Dict):
+    def __init__(self, config: dict):
         parts = flat_config(config)
         parts["pipeline"] = {**parts["pipeline"], "_partial_": True}
         super().__init__(**{part: instantiate(value, f"config.{part}") for part, value in parts.items()})
@@ -194,7 +256,7 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
             self.config["vae"]["hf_hub_path"] = self.vae.hf_hub_path
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Union[str, Path], **arguments) -> "FlexTokFromHub":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments) -> "FlexTokFromHub":
         """Load from the Hub, its cache, or a folder, in evaluation mode on the CPU.
 
         Args:
@@ -204,9 +266,16 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
 
         Raises:
             OSError: Not there, and not to be downloaded; without model.safetensors it is FileNotFoundError.
-            ConfigError, CheckpointError: The config cannot be read or built, or the weights not be read, or not fit.
+            ConfigError, CheckpointError: The config cannot be read or built, or the weights not be read, or not fit; a
+                file is given in place of a folder.
         """
-        config_file = Path(pretrained_model_name_or_path) / CONFIG_NAME
+        path = Path(pretrained_model_name_or_path)
+        if path.is_file():
+            advice = advice_on_training_checkpoint(path)
+            if path.suffix == ".safetensors":
+                advice = "give its folder, if config.json is beside it, or use load_model_from_safetensors"
+            raise CheckpointError(f"{path} is a file, expected a folder or a name on the Hub: {advice}")
+        config_file = path / CONFIG_NAME
         if config_file.is_file():
             arguments.setdefault("config", read_json_object(config_file))
         try:
@@ -216,23 +285,39 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(
-        cls, *, model_id, revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None,
-        map_location="cpu", config=None, **_
-    ):  # fmt: skip
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        map_location: str = "cpu",
+        config: dict | None = None,
+        **_,
+    ) -> "FlexTokFromHub":
         if Path(model_id).is_dir():
-            path = Path(model_id) / WEIGHTS_NAME
+            path = weights_file(Path(model_id))
         else:
             path = hf_hub_download(
-                repo_id=model_id, filename=WEIGHTS_NAME, revision=revision, cache_dir=cache_dir,
-                force_download=force_download, token=token, local_files_only=local_files_only,
-            )  # fmt: skip
+                repo_id=model_id,
+                filename=WEIGHTS_NAME,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                token=token,
+                local_files_only=local_files_only,
+            )
         tensors, header = load_safetensors(path)
         config = config or header
         if not config:
             raise ConfigError(f"{model_id} has neither a config.json nor a config in the header of {WEIGHTS_NAME}")
         return build_model(config, tensors, str(model_id)).to(map_location)
 
-    def save_pretrained(self, save_directory, *, state_dict: Optional[Dict[str, torch.Tensor]] = None, **arguments):
+    def save_pretrained(
+        self, save_directory: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None, **arguments
+    ):
         """Write config.json and model.safetensors; `state_dict` instead of this model's own weights, if given."""
         self._state_to_save = state_dict
         try:
@@ -246,3 +331,45 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
         save_safetensors(state_dict, Path(save_directory) / WEIGHTS_NAME, self.config)
         text = json.dumps(self.config, indent=2)
         write_atomically(Path(save_directory) / CONFIG_NAME, lambda path: path.write_text(text))
+
+
+def build_model(
+    config: dict, state_dict: dict[str, torch.Tensor], source: str = "the checkpoint", fresh: Sequence[str] = ()
+) -> FlexTokFromHub:
+    """The model of a config with the weights of a state dict, in evaluation mode on the CPU; `fresh` as load_weights.
+
+    The VAE's own weights are fetched (config key `vae.hf_hub_path`) only if the state dict does not hold them. The
+    model is first built without memory and compared with the state dict: one that does not fit costs nothing.
+
+    Raises:
+        ConfigError: The config cannot be built.
+        CheckpointError: As load_weights.
+    """
+    config = flat_config(config)
+    vae, unloaded = config["vae"], config["vae"]
+    if str(vae.get("_target_")).endswith(".StableDiffusionVAE"):
+        unloaded = {**vae, "load_weights": False}
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        skeleton = FlexTokFromHub({**config, "vae": unloaded})
+    check_weights(skeleton, state_dict, source, fresh)
+    has_vae = any(clean_key(key).startswith("vae.vae.") for key in state_dict)
+    model = FlexTokFromHub({**config, "vae": unloaded if has_vae else vae})
+    model.config["vae"].pop("load_weights", None)
+    load_weights(model, state_dict, source, fresh)
+    return model.eval()
+
+
+def load_model_from_safetensors(safetensors_path: PathLike, device: str | None = None) -> FlexTokFromHub:
+    """Load a single-file FlexTok checkpoint, whose header holds the config; the model comes in evaluation mode.
+
+    Raises:
+        FileNotFoundError, CheckpointError: As load_safetensors, or weights and config do not fit each other.
+        ConfigError: The config in the header cannot be built.
+    """
+    tensors, config = load_safetensors(safetensors_path)
+    if not config:
+        raise CheckpointError(
+            f"{safetensors_path} has no config in its header: load it with its config.json, by "
+            "FlexTokFromHub.from_pretrained(folder)"
+        )
+    return build_model(config, tensors, str(safetensors_path)).to(device or "cpu")

@@ -1,14 +1,13 @@
 """Images to latents and back."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .utils.batching import dense_batches
 from .utils.config import ConfigError
 from .utils.dtypes import parse_dtype, precision
 from .utils.random import BatchRandom
@@ -51,9 +50,9 @@ class StableDiffusionVAE(nn.Module):
         images_reconst_write_key: str = "rgb_reconst",
         vae_kl_loss_write_key: str = "vae_kl_loss",
         latent_channels: int = 4,
-        scaling_factor: Optional[float] = None,
-        dtype_override: Optional[str] = "fp32",
-        hf_hub_path: Optional[str] = None,
+        scaling_factor: float | None = None,
+        dtype_override: str | None = "fp32",
+        hf_hub_path: str | None = None,
         sample_posterior: bool = True,
         learnable_logvar: bool = False,
         logvar_init: float = 0.0,
@@ -63,14 +62,20 @@ class StableDiffusionVAE(nn.Module):
         load_weights: bool = True,
     ):
         super().__init__()
-        self.images_read_key, self.vae_latents_write_key = images_read_key, vae_latents_write_key
-        self.vae_latents_read_key, self.images_reconst_write_key = vae_latents_read_key, images_reconst_write_key
-        self.vae_kl_loss_write_key, self.latent_channels = vae_kl_loss_write_key, latent_channels
+        self.images_read_key = images_read_key
+        self.vae_latents_write_key = vae_latents_write_key
+        self.vae_latents_read_key = vae_latents_read_key
+        self.images_reconst_write_key = images_reconst_write_key
+        self.vae_kl_loss_write_key = vae_kl_loss_write_key
+        self.latent_channels = latent_channels
         revision = None
         if hf_hub_path is not None and not Path(hf_hub_path).is_dir():
             hf_hub_path, _, revision = hf_hub_path.partition("@")
-        self.dtype_override, self.hf_hub_path = parse_dtype(dtype_override), hf_hub_path
-        self.sample_posterior, self.force_vae_encode, self.frozen = sample_posterior, force_vae_encode, frozen
+        self.dtype_override = parse_dtype(dtype_override)
+        self.hf_hub_path = hf_hub_path
+        self.sample_posterior = sample_posterior
+        self.force_vae_encode = force_vae_encode
+        self.frozen = frozen
         self.vae = self._build(hf_hub_path, revision or None, latent_channels, load_weights)
         self.scaling_factor = self.vae.config.scaling_factor if scaling_factor is None else scaling_factor
         if learnable_logvar:
@@ -80,36 +85,30 @@ class StableDiffusionVAE(nn.Module):
         self._encode = torch.compile(self.vae.encode) if compile_encode_fn else self.vae.encode
 
     @staticmethod
-    def _build(
-        hf_hub_path: Optional[str], revision: Optional[str], latent_channels: int, load_weights: bool
-    ) -> nn.Module:
+    def _build(hf_hub_path: str | None, revision: str | None, latent_channels: int, load_weights: bool) -> nn.Module:
         from diffusers import AutoencoderKL  # imported here: slow, and pixel models do not need it
 
-        if hf_hub_path is not None and load_weights:
+        if hf_hub_path is None:
+            return AutoencoderKL(**AUTOENCODER_KL, latent_channels=latent_channels)
+        if not load_weights:  # they come from elsewhere: its architecture, where it can be had without waiting
+            local = {} if Path(hf_hub_path).is_dir() else {"local_files_only": True, "revision": revision}
             try:
-                vae = AutoencoderKL.from_pretrained(hf_hub_path, revision=revision, low_cpu_mem_usage=False)
-            except (OSError, ValueError) as error:
-                raise RuntimeError(
-                    f"the VAE {hf_hub_path!r} is neither a folder, nor in the Hugging Face cache, nor can it be "
-                    f"downloaded ({error}): download it where there is a network (`hf download "
-                    f"{hf_hub_path}`) and copy "
-                    "the folder, or the cache, here"
-                ) from error
-            if vae.config.latent_channels != latent_channels:
-                raise ValueError(
-                    f"latent_channels is {latent_channels}, but the VAE {hf_hub_path!r} has "
-                    f"{vae.config.latent_channels}"
-                )
-            return vae
-        if (
-            hf_hub_path is not None
-        ):  # weights come from elsewhere: its architecture, where it can be had without waiting
-            try:
-                local = {} if Path(hf_hub_path).is_dir() else {"local_files_only": True, "revision": revision}
                 return AutoencoderKL.from_config(AutoencoderKL.load_config(hf_hub_path, **local))
             except (OSError, ValueError):
-                pass
-        return AutoencoderKL(**AUTOENCODER_KL, latent_channels=latent_channels)
+                return AutoencoderKL(**AUTOENCODER_KL, latent_channels=latent_channels)
+        try:
+            vae = AutoencoderKL.from_pretrained(hf_hub_path, revision=revision, low_cpu_mem_usage=False)
+        except (OSError, ValueError) as error:
+            raise RuntimeError(
+                f"the VAE {hf_hub_path!r} is neither a folder, nor in the Hugging Face cache, nor can it be downloaded "
+                f"({error}): download it where there is a network (`hf download {hf_hub_path}`) and copy the folder, "
+                "or the cache, here"
+            ) from error
+        if vae.config.latent_channels != latent_channels:
+            raise ValueError(
+                f"latent_channels is {latent_channels}, but the VAE {hf_hub_path!r} has {vae.config.latent_channels}"
+            )
+        return vae
 
     @property
     def downsample_factor(self) -> int:
@@ -122,9 +121,12 @@ class StableDiffusionVAE(nn.Module):
     def _no_grad_if_frozen(self):
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
 
-    @dense_batches
     def encode(self, data_dict: dict) -> dict:
-        """Write latents [B, C, H / 8, W / 8]; keeps those that are there unless `force_vae_encode`."""
+        """Write latents [B, C, H / 8, W / 8] of images [B, 3, H, W], unless they are there and not to be replaced.
+
+        Raises:
+            ValueError: Images that are not floats, or of another shape.
+        """
         if not self.force_vae_encode and self.vae_latents_write_key in data_dict:
             return data_dict
         posterior = self._posterior(data_dict[self.images_read_key])
@@ -153,9 +155,8 @@ class StableDiffusionVAE(nn.Module):
         with self._no_grad_if_frozen(), precision(images.device, self.dtype_override):
             return self._encode(images.to(self.dtype_override or images.dtype)).latent_dist
 
-    @dense_batches
     def decode(self, data_dict: dict) -> dict:
-        """Write images [B, 3, H, W], in about [-1, 1]."""
+        """Write images [B, 3, H, W], in about [-1, 1], of latents [B, C, H / 8, W / 8]."""
         latents = data_dict[self.vae_latents_read_key] / self.scaling_factor
         with self._no_grad_if_frozen(), precision(latents.device, self.dtype_override):
             images = self.vae.decode(latents.to(self.dtype_override or latents.dtype)).sample
@@ -186,15 +187,18 @@ class PixelUnshuffleVAE(nn.Module):
             raise ValueError(
                 f"factor is {factor} and scaling_factor {scaling_factor}, expected a positive integer and number"
             )
-        self.images_read_key, self.vae_latents_write_key = images_read_key, vae_latents_write_key
-        self.vae_latents_read_key, self.images_reconst_write_key = vae_latents_read_key, images_reconst_write_key
-        self.downsample_factor, self.scaling_factor, self.force_vae_encode = factor, scaling_factor, force_vae_encode
+        self.images_read_key = images_read_key
+        self.vae_latents_write_key = vae_latents_write_key
+        self.vae_latents_read_key = vae_latents_read_key
+        self.images_reconst_write_key = images_reconst_write_key
+        self.downsample_factor = factor
+        self.scaling_factor = scaling_factor
+        self.force_vae_encode = force_vae_encode
         self.latent_channels = 3 * factor**2
         self.frozen = True
 
-    @dense_batches
     def encode(self, data_dict: dict) -> dict:
-        """Images [B, 3, H, W] -> latents [B, 3 * factor^2, H / factor, W / factor]."""
+        """Images [B, 3, H, W] -> latents [B, latent_channels, H / factor, W / factor]."""
         if not self.force_vae_encode and self.vae_latents_write_key in data_dict:
             return data_dict
         images = data_dict[self.images_read_key]
@@ -202,9 +206,8 @@ class PixelUnshuffleVAE(nn.Module):
         data_dict[self.vae_latents_write_key] = self.to_latents(images.float()) * self.scaling_factor
         return data_dict
 
-    @dense_batches
     def decode(self, data_dict: dict) -> dict:
-        """Latents -> images, the exact inverse of `encode`."""
+        """Latents [B, latent_channels, h, w] -> images [B, 3, h * factor, w * factor], the inverse of `encode`."""
         latents = data_dict[self.vae_latents_read_key].float() / self.scaling_factor
         data_dict[self.images_reconst_write_key] = self.to_images(latents)
         return data_dict
@@ -220,7 +223,8 @@ class PixelUnshuffleVAE(nn.Module):
 
 # Typical standard deviations of an image's block coefficients, per pixel of the block's side: brightness and the two
 # colour differences at frequency 0; they fall as 1 / (1 + DCT_DECAY * frequency). Measured on emoji.
-DCT_STD, DCT_DECAY = (0.8, 0.25, 0.12), 1.7
+DCT_STD = (0.8, 0.25, 0.12)
+DCT_DECAY = 1.7
 # Brightness, red against blue, green against both: orthonormal.
 OPPONENT_COLOURS = ((1, 1, 1), (1, 0, -1), (1, -2, 1))
 
@@ -254,22 +258,30 @@ class BlockDCTVAE(PixelUnshuffleVAE):
         force_vae_encode: bool = True,
     ):
         super().__init__(
-            images_read_key, vae_latents_read_key, vae_latents_write_key, images_reconst_write_key, factor,
-            scaling_factor, force_vae_encode,
-        )  # fmt: skip
+            images_read_key,
+            vae_latents_read_key,
+            vae_latents_write_key,
+            images_reconst_write_key,
+            factor,
+            scaling_factor,
+            force_vae_encode,
+        )
         check_coefficients(coefficients, factor)
         n = torch.arange(factor, dtype=torch.float64)
         dct = (math.pi * n[:, None] * (2 * n + 1) / (2 * factor)).cos() * math.sqrt(2 / factor)
         dct[0] /= math.sqrt(2)
         frequencies = [(u, v) for u in range(factor) for v in range(factor)]
         frequencies.sort(key=lambda uv: (math.hypot(*uv), uv))
-        rows, stds = [], []
-        for colour, std, kept in zip(OPPONENT_COLOURS, DCT_STD, (coefficients[0], coefficients[1], coefficients[1])):
+        rows = []
+        stds = []
+        counts = (coefficients[0], coefficients[1], coefficients[1])
+        for colour, std, count in zip(OPPONENT_COLOURS, DCT_STD, counts, strict=True):
             colour = torch.tensor(colour, dtype=torch.float64)
-            for u, v in frequencies[:kept]:
+            for u, v in frequencies[:count]:
                 rows.append(torch.einsum("c,i,j->cij", colour / colour.norm(), dct[u], dct[v]).flatten())
                 stds.append((std * factor / (1 + DCT_DECAY * math.hypot(u, v))) ** whitening)
-        rows, stds = torch.stack(rows), torch.tensor(stds, dtype=torch.float64)[:, None]
+        rows = torch.stack(rows)
+        stds = torch.tensor(stds, dtype=torch.float64)[:, None]
         self.latent_channels = len(rows)
         self.register_buffer("analysis", (rows / stds).float(), persistent=False)  # [latent_channels, 3 * factor^2]
         self.register_buffer("synthesis", (rows * stds).float(), persistent=False)
@@ -294,8 +306,16 @@ def check_coefficients(coefficients: Sequence[int], factor: int, name: str = "co
 
 
 def _check_images(images: torch.Tensor, factor: int) -> None:
+    """Raise ValueError unless images are floats [B, 3, H, W] whose sides are multiples of `factor`."""
     if not isinstance(images, torch.Tensor):
-        raise ValueError(f"images are {images!r}, expected a tensor [B, 3, H, W] or a list of [1, 3, H, W]")
+        raise ValueError(
+            f"images are a {type(images).__name__}, expected a tensor [B, 3, H, W]; the methods of FlexTok also take "
+            "lists of [1, 3, H, W], but no empty ones"
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images are {images.dtype}, expected floats in [-1, 1]: convert pixels of 0 to 255 by images / 127.5 - 1"
+        )
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
         raise ValueError(
             f"images are {list(images.shape)}, expected [B, 3, H, W] with H and W multiples of {factor}, in [-1, 1]"

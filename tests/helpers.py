@@ -2,7 +2,6 @@
 
 import math
 import socket
-from typing import Dict, List, Union
 
 import torch
 from torch import nn
@@ -62,17 +61,17 @@ def make_draws(n: int, seed: int = 7, step: int = 3) -> BatchRandom:
     return BatchRandom(seed, step, torch.arange(n), n)
 
 
-def pack(batch: torch.Tensor, container: str) -> Union[torch.Tensor, List[torch.Tensor]]:
+def pack(batch: torch.Tensor, container: str) -> torch.Tensor | list[torch.Tensor]:
     """A batch as it is, or as a list of [1, ...]."""
     return batch if container == "batch" else list(batch.split(1))
 
 
-def unpack(value: Union[torch.Tensor, List[torch.Tensor]]) -> torch.Tensor:
+def unpack(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     """The inverse of `pack`."""
     return value if isinstance(value, torch.Tensor) else torch.cat(value)
 
 
-def gradients(module: nn.Module) -> Dict[str, torch.Tensor]:
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
     """The gradients of a module by parameter name; parameters without one are left out."""
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 

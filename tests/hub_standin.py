@@ -6,7 +6,6 @@ import io
 import zipfile
 from email.message import Message
 from pathlib import Path
-from typing import Dict, List
 from urllib.error import URLError
 
 import torch
@@ -57,6 +56,14 @@ for _backbone in WIDTHS:
 """
 
 
+OLDER = HUBCONF.replace(
+    '    globals()[_backbone + "_reg"] = _entry(_backbone, 4)\n', ""
+)  # before the models with registers
+INCOMPLETE = HUBCONF.replace(
+    "import torch\n", "import torch\nfrom dinov2.hub import backbones\n", 1
+)  # without its package
+
+
 def write_repository(folder: Path) -> Path:
     """Write the repository into `folder`, e.g. `hub_dir / FOLDER`."""
     folder.mkdir(parents=True)
@@ -64,7 +71,7 @@ def write_repository(folder: Path) -> Path:
     return folder
 
 
-def make_weights(name: str, seed: int = 0) -> Dict[str, torch.Tensor]:
+def make_weights(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights that the stand-in's model `name` loads."""
     namespace: dict = {}
     exec(HUBCONF, namespace)
@@ -94,7 +101,7 @@ class FakeServers:
     """
 
     def __init__(self, name: str, revision: str = "main"):
-        self.requests: List[str] = []
+        self.requests: list[str] = []
         archive, weights = io.BytesIO(), io.BytesIO()
         with zipfile.ZipFile(archive, "w") as file:
             file.writestr("facebookresearch-dinov2-0123abc/", "")
@@ -117,7 +124,7 @@ class FakeServers:
 
 
 def write_hf_weights(
-    hub_cache: Path, repository: str, state: Dict[str, torch.Tensor], revision: str = "main", sha: str = "0" * 40
+    hub_cache: Path, repository: str, state: dict[str, torch.Tensor], revision: str = "main", sha: str = "0" * 40
 ) -> Path:
     """Write weights into a cache of the Hugging Face Hub, as a download of `revision` leaves them; the snapshot's file.
 

@@ -1,22 +1,22 @@
 """Short trainings in one process or several, in fp64, for tests/test_parallel.py; torchrun runs this file."""
 
-import itertools
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from tiny_runs import settings
+from tiny_runs import read_metrics, settings
 
 import train_flextok
 from flextok.data.loader import build_datasets, build_loaders
-from flextok.training import parallel
+from flextok.training import distributed as parallel
+from flextok.training import guard
 from flextok.training.config import TrainConfig
 from flextok.training.models import load_model
 from flextok.utils.processes import gathered, joined, rank, world_size
 
-STEPS = 20
+STEPS = 10
 GLOBAL_BATCH = 4
 CPU = torch.device("cpu")
 
@@ -43,8 +43,8 @@ def build(run_dir: Path, **changes) -> train_flextok.FlexTokTrainer:
 
     The last steps of an epoch and of a validation have one image, for one of the processes.
     """
-    changes = dict(batch_size=GLOBAL_BATCH // world_size(), global_batch_size=GLOBAL_BATCH, num_epochs=8) | changes
-    changes |= dict(photos_train_crops=4 * GLOBAL_BATCH + 1, photos_val_crops=GLOBAL_BATCH + 1)
+    changes = dict(batch_size=GLOBAL_BATCH // world_size(), global_batch_size=GLOBAL_BATCH, num_epochs=4) | changes
+    changes |= dict(photos_train_crops=4 * GLOBAL_BATCH + 1, photos_val_crops=GLOBAL_BATCH + 1, val_token_images=0)
     config = TrainConfig.from_dict(settings(**changes))
     train_loader, val_loader = build_loaders(config, *build_datasets(config), CPU)
     model = load_model(config).double()
@@ -67,12 +67,13 @@ def train_briefly(run_dir: Path, steps: int = STEPS, resume: Path = None, **chan
     trainer = build(run_dir, **changes)
     if resume is not None:
         trainer.load_checkpoint(resume)
+    first_step = trainer.global_step
     names = {id(p): name for name, p in trainer.model.named_parameters()}
-    for i, projector in enumerate(trainer.projectors):
+    for i, projector in enumerate(trainer.repa_module.projectors if trainer.use_repa else []):
         names.update({id(p): f"projector.{i}.{name}" for name, p in projector.named_parameters()})
-    for readout in trainer.readouts:
-        names.update({id(p): f"readout.{name}" for name, p in readout.named_parameters()})
-    gradients, draws, losses = {}, {}, []
+    if trainer.readout is not None:
+        names.update({id(p): f"readout.{name}" for name, p in trainer.readout.named_parameters()})
+    gradients, draws = {}, {}
 
     def note_draws(module, arguments, output):
         if module.training:
@@ -81,93 +82,109 @@ def train_briefly(run_dir: Path, steps: int = STEPS, resume: Path = None, **chan
                 noise = float(output["flow_noise"][j].sum())
                 draws[trainer.global_step, i] = (float(output["timesteps"][j]), int(output["train_keep_k"][j]), noise)
 
-    trainer.model.decoder.register_forward_hook(note_draws)
-    original = torch.nn.utils.clip_grad_norm_
-
-    def note_gradients(parameters, max_norm):
+    def note_gradients(optimizer, arguments, settings):
         if not gradients:
-            gradients.update({names[id(p)]: parallel.full(p.grad).clone() for p in parameters})
-        return original(parameters, max_norm)
+            gradients.update({names[id(p)]: parallel.full(p.grad).clone() for p in trainer.trained_parameters})
 
-    torch.nn.utils.clip_grad_norm_ = note_gradients
-    try:
-        while trainer.global_step < steps:
-            for window in trainer._windows(*divmod(trainer.global_step, trainer.steps_per_epoch)):
-                if trainer.global_step < steps:
-                    means, _, _ = trainer.update(window)
-                    trainer.global_step += 1
-                    losses.append(float(train_flextok.summed(means["loss"])))
-    finally:
-        torch.nn.utils.clip_grad_norm_ = original
+    trainer.model.decoder.register_forward_hook(note_draws)
+    trainer.optimizer.register_step_pre_hook(note_gradients)
+    trainer.train(max_steps=steps)
     validation = trainer.validate()
-    path = trainer.save_checkpoint()
     draws = {key: value for part in gathered(draws) for key, value in part.items()}
-    return dict(losses=losses, gradients=gradients, draws=draws, validation=validation, checkpoint=str(path))
+    losses = [r["train/loss"] for r in read_metrics(run_dir) if "train/loss" in r and r["step"] > first_step]
+    path = str(run_dir / "checkpoints" / "latest.pt")
+    return dict(losses=losses, gradients=gradients, draws=draws, validation=validation, checkpoint=path)
 
 
 def step_that_one_process_spoils(run_dir: Path, **changes) -> dict:
     """A step whose loss is NaN in the last process alone, between two that are good; what changed where in each."""
     trainer = build(run_dir, use_ema=True, **changes)
-    original = trainer.compute_loss
-    spoiling = False
+    original, changed, before, shown, warnings = trainer.compute_loss, [], [], [], []
 
-    def compute_loss(*arguments):
-        losses = original(*arguments)
-        if spoiling and rank() == world_size() - 1:
-            losses["loss"] = losses["loss"] * float("nan")
+    def compute_loss(batch, random):
+        losses = original(batch, random)
+        if trainer.model.training and trainer.global_step == 1:
+            shown.extend(f"number {i}" for part in gathered(batch.index.tolist()) for i in part)
+            if rank() == world_size() - 1:
+                losses["loss"] = losses["loss"] * float("nan")
         return losses
 
-    def state() -> list:
+    def note_changes(micro_batches):
+        nonlocal before
+        losses = step(micro_batches)
         values = [*trainer.trained_parameters, *trainer.ema.averages]
         values += [value for state in trainer.optimizer.state.values() for value in state.values()]
-        return [parallel.local(value).detach().clone() for value in values]
-
-    trainer.compute_loss = compute_loss
-    flags, changed, before, shown, warnings = [], [], [], [], []
-    train_flextok.log.warning = lambda message, *values: warnings.append(values)
-    for i, window in enumerate(itertools.islice(trainer._windows(0, 0), 3)):
-        spoiling = i == 1
-        flags.append(trainer.update(window)[2].tolist())
-        if spoiling:
-            shown = [f"number {index}" for part in gathered(window[0]["index"].tolist()) for index in part]
-            trainer._note_flags((flags[-1], (1, window)))
-        trainer.global_step += 1
-        after = state()
+        after = [parallel.local(value).detach().clone() for value in values]
         changed.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
         before = after
-    del train_flextok.log.warning
-    return dict(flags=gathered(flags), changed=gathered(changed), shown=shown, named=warnings[0][1].split(", "))
+        return losses
+
+    step, trainer.compute_loss, trainer.train_step = trainer.train_step, compute_loss, note_changes
+    guard.log.warning = lambda message, *values: warnings.append(values)
+    trainer.train(max_steps=3)
+    del guard.log.warning
+    return dict(
+        changed=gathered(changed), skipped=gathered(trainer.guard.skipped), shown=shown,
+        named=warnings[0][1].split(", "),
+    )  # fmt: skip
 
 
-def without_exchange(modules, compute):
+def without_reduction(modules, compute):
     return parallel.Losses(modules, compute)
+
+
+def first_gradients(run_dir: Path, **changes) -> dict:
+    """Gradients of a first step in bf16 autocast, fp32 weights."""
+    config = TrainConfig.from_dict(settings(**{**dict(batch_size=GLOBAL_BATCH // world_size()), **changes}))
+    train_loader, _ = build_loaders(config, *build_datasets(config), CPU)
+    trainer = train_flextok.FlexTokTrainer(config, load_model(config), train_loader, None, CPU, run_dir)
+    trainer.autocast_dtype = torch.bfloat16
+    gradients = {}
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+
+    def note_gradients(optimizer, arguments, settings):
+        gradients.update({
+            names[id(p)]: parallel.full(p.grad).clone() for p in trainer.trained_parameters if id(p) in names
+        })  # fmt: skip
+
+    trainer.optimizer.register_step_pre_hook(note_gradients)
+    trainer.train_loader.batch_sampler.set_state(0, 0)
+    trainer.train_step([next(iter(train_loader))])
+    return gradients
 
 
 RUNS = {
     "ddp": dict(use_repa=False),
     "ddp, accumulated": dict(use_repa=True, batch_size=1, readout_weight=1.0),
     "ddp, checkpointing": dict(use_repa=True, gradient_checkpointing=True, use_ema=True),
+    "ddp, compiled": dict(use_repa=False, compile=True),
     "fsdp": dict(use_repa=False, parallel="fsdp"),
     "fsdp, accumulated": dict(use_repa=True, parallel="fsdp", batch_size=1, readout_weight=1.0),
+    "fsdp, accumulated and kept": dict(
+        use_repa=True, parallel="fsdp", batch_size=1, readout_weight=1.0, fsdp_accumulation="keep"
+    ),
     "fsdp, checkpointing": dict(use_repa=True, parallel="fsdp", gradient_checkpointing=True, use_ema=True),
-    "no exchange": dict(use_repa=False),
-    "no exchange, REPA": dict(use_repa=True),
+    "fsdp, averages and pictures": dict(use_repa=True, parallel="fsdp", use_ema=True, visualize_every=1),
+    "fsdp, compiled": dict(use_repa=False, parallel="fsdp", compile=True),
+    "not reduced": dict(use_repa=False),
+    "not reduced, REPA": dict(use_repa=True),
 }
 
 
 def main(folder: Path) -> None:
     results = {}
     for name, changes in RUNS.items():
-        train_flextok.replicate = without_exchange if name.startswith("no exchange") else parallel.replicate
+        train_flextok.data_parallel = without_reduction if name.startswith("not reduced") else parallel.data_parallel
         results[name] = train_briefly(folder / name, **changes)
         dist.barrier()
-    train_flextok.replicate = parallel.replicate
+    train_flextok.data_parallel = parallel.data_parallel
     # A checkpoint of one process goes on in two.
     for name in ("ddp, checkpointing", "fsdp, checkpointing"):
         results[f"{name}, resumed"] = train_briefly(
             folder / f"{name}, resumed", STEPS + 4, folder / "one" / "checkpoints" / "latest.pt", **RUNS[name]
         )
     for name in ("ddp", "fsdp"):
+        results[f"{name}, bf16"] = first_gradients(folder / f"{name}, bf16", use_repa=False, parallel=name)
         spoiled = step_that_one_process_spoils(folder / f"{name}, spoiled", use_repa=True, parallel=name)
         results[f"{name}, spoiled"] = spoiled
     if rank() == 0:
@@ -176,5 +193,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    compile_module = torch.nn.Module.compile  # without a compiler of C++, which takes a minute here
+    torch.nn.Module.compile = lambda module: compile_module(module, backend="eager")
     with joined(CPU):
         main(Path(sys.argv[1]))

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flextok.benchmark import processes, repa, sample, scale, timing, train
 from flextok.benchmark.__main__ import BENCHMARKS, main
-from flextok.model.utils.repa_encoders import load_encoder
+from flextok.model.utils.repa_loss import load_encoder
 from flextok.utils.config import ConfigError
 from flextok.utils.errors import UserError
 

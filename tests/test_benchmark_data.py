@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from tiny_runs import settings
 
 from flextok.benchmark import data, startup
@@ -39,17 +38,17 @@ def test_both_ways_of_loading_give_nearly_the_same_images(capsys):
     assert "ours / plain" in printed and "mean absolute" in printed
 
 
-def test_waiting_is_measured_in_an_epoch_that_fills_the_cache_and_one_that_reads_it(monkeypatch):
+def test_waiting_is_measured_for_images_and_for_cached_latents(monkeypatch):
     model = {**settings()["model"], "vae": "stable_diffusion", "patch_size": 2, "latent_channels": 4}
     monkeypatch.setattr(
         data, "preset_config", lambda preset, **_: build_config(img_size=64, vae_hub_path=None, **model)
     )
     encoded, moments = [], StableDiffusionVAE.moments
     monkeypatch.setattr(StableDiffusionVAE, "moments", lambda vae, x: encoded.append(len(x)) or moments(vae, x))
-    options = arguments(data, "--source-size", "96", "--image-size", "64", "--wait-steps", "2")
+    options = arguments(data, "--source-size", "96", "--image-size", "64", "--wait-steps", "2", "--num-workers", "0")
     shares = data.waiting(options, 3, CPU, torch.float32)
     assert len(shares) == 2 and all(0 <= share <= 1 for share in shares)
-    assert encoded == [3, 3] * 2  # two batches, mirrored and not, in the first epoch alone
+    assert encoded == [3] * 4  # two batches, mirrored and not, for the cache; none when it is read
 
 
 def test_default_sizes_are_those_of_the_target():

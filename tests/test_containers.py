@@ -5,6 +5,7 @@ import torch
 from helpers import (
     LATENT_SHAPE,
     N_REGISTERS,
+    gradients,
     make_draws,
     make_images,
     make_noise,
@@ -39,12 +40,22 @@ def mixed_images():
     return [make_images(1, *size, seed=i) for i, size in enumerate(SIZES)]
 
 
-def container_of(value):
-    """`batch` or `list`, after checking that a list holds [1, ...] tensors."""
-    if isinstance(value, torch.Tensor):
-        return "batch"
-    assert isinstance(value, list) and all(item.shape[0] == 1 for item in value)
-    return "list"
+def decoder_input(container="batch", n=3, **controls):
+    return {
+        "enc_registers_quant": pack(make_noise(n, N_REGISTERS, 6), container),
+        "vae_latents_noised": pack(make_noise(n, *LATENT_SHAPE), container),
+        "timesteps": [0.2, 0.5, 0.9],
+        **controls,
+    }
+
+
+def assert_container(data_dict, container, shapes):
+    """The values have these shapes per image of three, in the container."""
+    for key, shape in shapes.items():
+        value = data_dict[key]
+        assert isinstance(value, torch.Tensor if container == "batch" else list), key
+        assert container == "batch" or all(len(image) == 1 for image in value), key
+        assert unpack(value).shape == (3, *shape), key
 
 
 def assert_close(value, expected, tolerance=2e-5):
@@ -55,55 +66,47 @@ def assert_close(value, expected, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_encode_keeps_the_container(model, container):
-    data_dict = model.encode({"rgb": pack(make_images(3), container)})
-    for key, shape in {"vae_latents": LATENT_SHAPE, "enc_registers_quant": (8, 6), "tokens": (8,)}.items():
-        assert container_of(data_dict[key]) == container
-        assert unpack(data_dict[key]).shape == (3, *shape)
+def test_public_methods_keep_the_container(model, container):
+    images = pack(make_images(3), container)
+    sources = {"tokens": (N_REGISTERS,), "enc_registers_quant": (N_REGISTERS, 6)}
+    pictures = {"vae_latents_reconst": LATENT_SHAPE, "rgb_reconst": (3, 32, 32)}
+    encoded = model.encode({"rgb": images})
+    assert_container(encoded, container, {"vae_latents": LATENT_SHAPE, **sources})
+    for source, shape in sources.items():
+        decoded = model.decode({source: encoded[source]}, timesteps=1)
+        assert_container(decoded, container, {source: shape, **pictures})
+    assert_container(model.autoencode({"rgb": images}, timesteps=1), container, {"rgb": (3, 32, 32), **pictures})
+    for training in (False, True):
+        data_dict = model.train(training)({"rgb": images, RANDOM_KEY: make_draws(3)})
+        latents = dict.fromkeys(
+            ("vae_latents", "vae_latents_noised", "flow_noise", "vae_latents_reconst"), LATENT_SHAPE
+        )
+        assert_container(data_dict, container, {**latents, "tokens": (8,), "dec_patches_repa_layer": (4, 4, 64)})
+        assert data_dict["sigmas"].shape == data_dict["timesteps"].shape == (3,)
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-@pytest.mark.parametrize("training", [False, True])
-def test_forward_keeps_the_container(model, container, training):
-    model.train(training)
-    data_dict = model({"rgb": pack(make_images(3), container), RANDOM_KEY: make_draws(3)})
-    for key in ("vae_latents", "vae_latents_noised", "flow_noise", "tokens", *VELOCITY_AND_REPA):
-        assert container_of(data_dict[key]) == container
-        assert len(unpack(data_dict[key])) == 3
-    for key in ("sigmas", "timesteps"):
-        assert unpack(data_dict[key]).shape == (3,)
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-@pytest.mark.parametrize("source", ["tokens", "enc_registers_quant"])
-def test_decode_keeps_the_container(model, container, source):
-    encoded = model.encode({"rgb": pack(make_images(3), container)})
-    data_dict = model.decode({source: encoded[source]}, timesteps=1)
-    assert unpack(data_dict[source]).shape == unpack(encoded[source]).shape
-    for key, shape in {"vae_latents_reconst": LATENT_SHAPE, "rgb_reconst": (3, 32, 32)}.items():
-        assert container_of(data_dict[key]) == container_of(data_dict[source]) == container
-        assert unpack(data_dict[key]).shape == (3, *shape)
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_autoencode_keeps_the_container(model, container):
-    data_dict = model.autoencode({"rgb": pack(make_images(2), container)}, timesteps=1)
-    assert container_of(data_dict["rgb_reconst"]) == container
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_tokenize_gives_a_list_and_detokenize_a_batch(model, container):
-    tokens = model.tokenize(pack(make_images(3), container))
-    assert container_of(tokens) == "list" and len(tokens) == 3
-    assert all(t.shape == (1, N_REGISTERS) and t.dtype == torch.long for t in tokens)
-    images = model.detokenize(tokens, timesteps=1)
-    assert images.shape == (3, 3, 32, 32)
-
-
-def test_tokenize_takes_any_sequence_of_images(model):
+def test_tokenize_takes_any_sequence_and_gives_a_list(model):
     images = make_images(3)
     expected = model.tokenize(images)
-    assert torch.equal(torch.cat(model.tokenize(tuple(images.split(1)))), torch.cat(expected))
+    assert len(expected) == 3 and all(t.shape == (1, N_REGISTERS) and t.dtype == torch.long for t in expected)
+    for sequence in (list(images.split(1)), tuple(images.split(1))):
+        assert all(map(torch.equal, model.tokenize(sequence), expected))
+
+
+@pytest.mark.parametrize("length", [1, 5, N_REGISTERS])
+@pytest.mark.parametrize("dtype", [torch.long, torch.int32])
+def test_detokenize_takes_a_batch_of_tokens_or_a_list(model, length, dtype):
+    tokens = torch.cat(model.tokenize(make_images(3)))[:, :length].to(dtype)
+
+    def pictures(tokens, **arguments):
+        return model.detokenize(tokens, timesteps=2, generator=torch.Generator().manual_seed(4), **arguments)
+
+    expected = pictures(tokens)
+    assert expected.shape == (3, 3, 32, 32)
+    for sequence in (list(tokens.split(1)), tokens.split(1)):
+        assert torch.equal(pictures(sequence), expected)
+    sizes = [picture.shape[1:] for picture in pictures(tokens, vae_image_sizes=[4, (8, 6), 8])]
+    assert sizes == [(3, 16, 16), (3, 32, 24), (3, 32, 32)]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -118,36 +121,24 @@ def test_list_and_batch_give_the_same_numbers(model, training):
 
 
 def test_gradients_reach_the_images_of_a_list(model):
-    gradients = []
+    found = []
     for container in CONTAINERS:
         noised = make_noise(3, *LATENT_SHAPE).requires_grad_()
         quants = make_noise(3, N_REGISTERS, 6).requires_grad_()
-        data_dict = {"vae_latents_noised": pack(noised, container), "enc_registers_quant": pack(quants, container)}
-        velocity = model.decoder({**data_dict, "timesteps": [0.2, 0.5, 0.9]})["vae_latents_reconst"]
-        unpack(velocity).square().sum().backward()
-        gradients.append((noised.grad, quants.grad))
-    for batch, listed in zip(*gradients):
-        torch.testing.assert_close(batch, listed)
+        inputs = {"vae_latents_noised": pack(noised, container), "enc_registers_quant": pack(quants, container)}
+        unpack(model.decoder(decoder_input(**inputs))["vae_latents_reconst"]).square().sum().backward()
+        found.append((noised.grad, quants.grad))
+    torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_modules_called_one_by_one_compute_what_the_model_computes(model, container, part):
-    def inputs():
-        if part == "encoder":
-            return {"vae_latents": pack(make_noise(3, *LATENT_SHAPE), container)}
-        quants, noised = make_noise(3, N_REGISTERS, 6), make_noise(3, *LATENT_SHAPE)
-        return {
-            "enc_registers_quant": pack(quants, container), "vae_latents_noised": pack(noised, container),
-            "timesteps": torch.tensor([0.2, 0.5, 0.9]),
-        }  # fmt: skip
-
-    data_dict = inputs()
+def test_modules_called_one_by_one_compute_what_the_model_computes(model, part):
+    inputs = {"vae_latents": make_noise(3, *LATENT_SHAPE)} if part == "encoder" else decoder_input()
+    written = "enc_registers" if part == "encoder" else "vae_latents_reconst"
+    data_dict = dict(inputs)
     for module in getattr(model, part).module_dict.values():
         data_dict = module(data_dict)
-    written = "enc_registers" if part == "encoder" else "vae_latents_reconst"
-    assert container_of(data_dict[written]) == container
-    assert_close(data_dict[written], getattr(model, part)(inputs())[written])
+    assert torch.equal(data_dict[written], getattr(model, part)(dict(inputs))[written])
 
 
 def test_a_data_dict_used_again_holds_what_the_second_call_wrote(model):
@@ -166,35 +157,37 @@ def test_what_no_module_writes_comes_back_as_it_was(model):
     assert all(map(torch.equal, data_dict["rgb"], images))
 
 
+def test_one_value_for_a_group_comes_back_for_each_of_its_images(model, mixed_images, monkeypatch):
+    encode = model.vae.encode
+    monkeypatch.setattr(model.vae, "encode", lambda data: encode(data) | {"kl": data["rgb"].mean()})
+    kl = model.encode({"rgb": mixed_images})["kl"]
+    together = [torch.cat(mixed_images[0:3:2]).mean(), torch.cat(mixed_images[1:5:3]).mean(), mixed_images[3].mean()]
+    assert [together.index(value) for value in kl] == [0, 1, 0, 2, 1]
+
+
 # Mixed shapes
 
 
-def test_mixed_image_sizes_are_encoded_as_one_by_one(model, mixed_images):
-    together = model.encode({"rgb": mixed_images})
-    for i, image in enumerate(mixed_images):
-        alone = model.encode({"rgb": image})
-        assert together["vae_latents"][i].shape == alone["vae_latents"].shape
-        assert_close(together["enc_registers"][i], alone["enc_registers"])
-        assert torch.equal(together["tokens"][i], alone["tokens"])
-
-
 @pytest.mark.parametrize("training", [False, True])
-def test_mixed_image_sizes_train_as_one_by_one(model, mixed_images, training):
+def test_mixed_image_sizes_run_as_one_by_one(model, mixed_images, training):
     model.train(training)
     draws = make_draws(len(mixed_images))
     together = model({"rgb": mixed_images, RANDOM_KEY: draws})
     for i, image in enumerate(mixed_images):
-        alone = model({"rgb": [image], RANDOM_KEY: draws.select([i])})
-        for key in ("vae_latents_noised", *VELOCITY_AND_REPA):
-            assert together[key][i].shape == alone[key][0].shape
-            assert_close(together[key][i], alone[key][0])
-        assert unpack(together["sigmas"])[i] == unpack(alone["sigmas"])[0]
+        alone = model({"rgb": image, RANDOM_KEY: draws.select([i])})
+        assert torch.equal(together["tokens"][i], alone["tokens"])
+        assert unpack(together["sigmas"])[i] == alone["sigmas"][0]
+        for key in ("vae_latents", "enc_registers", "vae_latents_noised", *VELOCITY_AND_REPA):
+            assert_close(together[key][i], alone[key])
 
 
-def test_mixed_image_sizes_are_tokenised_in_their_order(model, mixed_images):
+def test_mixed_image_sizes_are_tokenised_in_their_order_and_given_back(model, mixed_images):
     tokens = model.tokenize(mixed_images)
     assert all(torch.equal(tokens[i], model.tokenize(image)[0]) for i, image in enumerate(mixed_images))
     assert len({tuple(t.flatten().tolist()) for t in tokens}) == len(tokens)
+    images = model.autoencode({"rgb": list(mixed_images)}, timesteps=1)["rgb_reconst"]
+    assert [image.shape for image in images] == [image.shape for image in mixed_images]
+    assert model.autoencode({"rgb": mixed_images[3]}, timesteps=1)["rgb_reconst"].shape == mixed_images[3].shape
 
 
 def test_mixed_latent_sizes_are_decoded_as_one_by_one(model):
@@ -209,24 +202,20 @@ def test_mixed_latent_sizes_are_decoded_as_one_by_one(model):
         assert_close(together["rgb_reconst"][i], model.decode(alone, **arguments)["rgb_reconst"])
 
 
-def test_mixed_token_lengths_are_decoded_as_one_by_one(model):
+def test_mixed_token_lengths_are_decoded_as_one_by_one_and_as_with_keep_k(model):
     lengths = [1, 8, 3, 8]
-    tokens = [t[:, :k] for t, k in zip(model.tokenize(make_images(4)), lengths)]
+    tokens = torch.cat(model.tokenize(make_images(4)))
+    cut = [row[None, :k] for row, k in zip(tokens, lengths, strict=True)]
     noise = make_noise(4, *LATENT_SHAPE)
-    together = unpack(model.decode({"tokens": tokens, "flow_noise": noise}, timesteps=2)["rgb_reconst"])
+
+    def pictures(**inputs):
+        return unpack(model.decode(inputs, timesteps=2)["rgb_reconst"])
+
+    together = pictures(tokens=cut, flow_noise=noise)
     for i in range(4):
-        alone = model.decode({"tokens": tokens[i], "flow_noise": noise[i : i + 1]}, timesteps=2)["rgb_reconst"]
-        assert_close(together[i : i + 1], alone)
-
-
-def test_mixed_token_lengths_are_detokenised_as_with_keep_k(model):
-    tokens = model.tokenize(make_images(3))
-    cut = [t[:, :k] for t, k in zip(tokens, (2, 8, 5))]
-    images = model.detokenize(cut, timesteps=2, generator=torch.Generator().manual_seed(4))
-    quants = model.regularizer.indices_to_embedding(torch.cat(tokens))
-    data_dict = {"enc_registers_quant": quants, "eval_keep_k": [2, 8, 5]}
-    expected = model.decode(data_dict, timesteps=2, generator=torch.Generator().manual_seed(4))["rgb_reconst"]
-    assert_close(images, expected)
+        assert_close(together[i : i + 1], pictures(tokens=cut[i], flow_noise=noise[i : i + 1]))
+    quants = model.regularizer.indices_to_embedding(tokens)
+    assert_close(together, pictures(enc_registers_quant=quants, eval_keep_k=lengths, flow_noise=noise))
 
 
 # Independence of the images of a batch
@@ -251,7 +240,7 @@ def test_the_gradient_of_a_batch_is_the_mean_over_its_images(model):
         data_dict = model({"rgb": images, RANDOM_KEY: draws})
         target = data_dict["flow_noise"] - data_dict["vae_latents"]
         (data_dict["vae_latents_reconst"] - target).square().mean().backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        return gradients(model)
 
     model.train()
     images, draws = make_images(4), make_draws(4)
@@ -280,62 +269,59 @@ def test_work_grows_exactly_in_proportion_to_the_batch():
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-@pytest.mark.parametrize(
-    "convert",
-    [
+def test_control_values_come_as_list_or_tensor(model, container):
+    controls = {"timesteps": [0.2, 0.5, 0.9], "eval_keep_k": [1, 8, 3], "eval_dropout_mask": [False, False, True]}
+    expected = model.decoder(decoder_input(**controls))["vae_latents_reconst"]
+    for convert in (
         lambda values: values,
         lambda values: torch.tensor(values),
         lambda values: [torch.tensor(value) for value in values],
         lambda values: [torch.tensor([value]) for value in values],
-    ],
-    ids=["numbers", "tensor", "scalar tensors", "[1] tensors"],
-)
-def test_control_values_come_as_list_or_tensor(model, container, convert):
-    controls = {"timesteps": [0.2, 0.5, 0.9], "eval_keep_k": [1, 8, 3], "eval_dropout_mask": [False, False, True]}
-
-    def velocity(container, controls):
-        data_dict = {
-            "enc_registers_quant": pack(make_noise(3, N_REGISTERS, 6), container),
-            "vae_latents_noised": pack(make_noise(3, *LATENT_SHAPE), container),
-        }
-        return model.decoder({**data_dict, **controls})["vae_latents_reconst"]
-
-    converted = {key: convert(values) for key, values in controls.items()}
-    assert_close(velocity(container, converted), velocity("batch", controls))
+    ):
+        converted = {key: convert(values) for key, values in controls.items()}
+        assert_close(model.decoder(decoder_input(container, **converted))["vae_latents_reconst"], expected)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("key, value", [("eval_keep_k", 3), ("eval_dropout_mask", True), ("timesteps", 0.5)])
 def test_control_values_for_another_number_of_images_are_refused(model, container, key, value):
-    data_dict = {
-        "enc_registers_quant": pack(make_noise(3, N_REGISTERS, 6), container),
-        "vae_latents_noised": pack(make_noise(3, *LATENT_SHAPE), container),
-        "timesteps": torch.rand(3),
-    }
     for length in (1, 2):  # a single value must not spread over all images unnoticed
         with pytest.raises(ValueError, match=rf"{length}.*3|3.*{length}"):
-            model.decoder({**data_dict, key: [value] * length})
+            model.decoder(decoder_input(container, **{key: [value] * length}))
 
 
-# Wrong containers
+# Wrong inputs
 
 
-def test_unbatched_images_are_refused_with_their_shape(model):
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_images_that_are_not_floats_are_refused_with_how_to_convert_them(model, container, dtype):
+    pixels = (make_images(2) * 127.5 + 127.5).to(dtype)
+    message = rf"{dtype}, expected floats in \[-1, 1\].*images / 127.5 - 1"
+    for method in (model.tokenize, lambda images: model.encode({"rgb": images}), lambda images: model({"rgb": images})):
+        with pytest.raises(ValueError, match=message):
+            method(pack(pixels, container))
+
+
+def test_converted_pixels_give_the_tokens_of_the_image(model):
+    pixels = ((make_images(2) + 1) * 127.5).round()
+    expected = model.tokenize(pixels.double().div(127.5).sub(1).float())
+    assert all(map(torch.equal, model.tokenize(pixels.to(torch.uint8) / 127.5 - 1), expected))
+
+
+def test_wrong_containers_are_refused_with_what_is_wrong(model):
     with pytest.raises(ValueError, match=r"'rgb' is a list.*\[3, 32, 32\]"):
         model.encode({"rgb": list(make_images(2))})
     with pytest.raises(ValueError, match=r"\[3, 32, 32\].*expected \[B, 3, H, W\]"):
         model.encode({"rgb": make_images(1)[0]})
-
-
-def test_lists_of_different_lengths_are_refused_with_both_lengths(model):
-    data_dict = {"enc_registers_quant": pack(make_noise(3, 8, 6), "list"), "timesteps": torch.rand(3)}
     with pytest.raises(ValueError, match="lists 3 images.*lists 2"):
-        model.decoder({**data_dict, "vae_latents_noised": pack(make_noise(2, *LATENT_SHAPE), "list")})
-
-
-def test_an_empty_list_of_images_is_refused(model):
+        model.decoder(decoder_input("list", vae_latents_noised=pack(make_noise(2, *LATENT_SHAPE), "list")))
     with pytest.raises(ValueError, match="'rgb'|images"):
         model.tokenize([])
+    with pytest.raises(ValueError, match="2 images.*has 3"):
+        model.train()({"rgb": make_images(3), RANDOM_KEY: make_draws(2)})
+    with pytest.raises(ValueError, match=r"\[4, 4\].*\[5, 5\]"):  # the positional table
+        model.eval().encode({"rgb": make_images(1, 40, 40)})
 
 
 def test_a_missing_input_is_named(model):
@@ -343,20 +329,3 @@ def test_a_missing_input_is_named(model):
         model.encode({"pictures": make_images(1)})
     with pytest.raises(KeyError, match="enc_registers_quant.*tokens"):
         model.decode({"rgb": make_images(1)})
-
-
-def test_draws_for_another_number_of_images_are_refused(model):
-    with pytest.raises(ValueError, match="2 images.*has 3"):
-        model.train()({"rgb": make_images(3), RANDOM_KEY: make_draws(2)})
-
-
-def test_images_larger_than_the_positional_table_are_refused_with_both_sizes(model):
-    with pytest.raises(ValueError, match=r"\[4, 4\].*\[5, 5\]"):
-        model.encode({"rgb": make_images(1, 40, 40)})
-
-
-def test_autoencode_returns_images_of_the_sizes_it_got(model, mixed_images):
-    out = model.autoencode({"rgb": list(mixed_images)}, timesteps=1)["rgb_reconst"]
-    assert [image.shape for image in out] == [image.shape for image in mixed_images]
-    for image in mixed_images:
-        assert model.autoencode({"rgb": image}, timesteps=1)["rgb_reconst"].shape == image.shape

@@ -4,9 +4,8 @@ import logging
 import os
 import pickle
 import random
-import struct
+import resource
 import sys
-import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-import train_flextok
+from flextok.data.batch import FILLER, collate
 from flextok.data.images import (
-    FILLER,
+    BrokenFile,
     BrokenImage,
     ImageFolderDataset,
     image_to_tensor,
@@ -27,10 +26,10 @@ from flextok.data.images import (
 from flextok.data.loader import (
     BrokenFiles,
     GlobalBatchSampler,
+    LoaderError,
     TooManyBrokenFiles,
     build_datasets,
     build_loader,
-    collate,
 )
 from flextok.data.photos import PHOTOS, PhotoCrops, photo_path
 from flextok.utils.random import uniform_number
@@ -75,19 +74,18 @@ def listed(folder):
     return [path.relative_to(folder).as_posix() for path in list_images(folder)]
 
 
-def test_numbered_files_are_sorted_by_number(tmp_path):
-    touch(tmp_path, "10.jpg", "2.jpg", "1.png", "0030.jpg", "notes.txt")
-    assert listed(tmp_path) == ["1.png", "2.jpg", "10.jpg", "0030.jpg"]
-
-
-def test_numbered_files_in_sub_folders_are_sorted_by_number(tmp_path):
-    touch(tmp_path, "male/0.jpg", "female/1.jpg", "male/10.jpg", "female/2.jpg")
-    assert listed(tmp_path) == ["male/0.jpg", "female/1.jpg", "female/2.jpg", "male/10.jpg"]
-
-
-def test_other_names_are_sorted_naturally(tmp_path):
-    touch(tmp_path, "cat10.jpg", "cat2.jpg", "b/dog.jpg", "7.jpg", "Cat3.jpg")
-    assert listed(tmp_path) == ["7.jpg", "b/dog.jpg", "cat2.jpg", "Cat3.jpg", "cat10.jpg"]
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1.png", "2.jpg", "10.jpg", "0030.jpg"],
+        ["male/0.jpg", "female/1.jpg", "female/2.jpg", "male/10.jpg"],
+        ["7.jpg", "b/dog.jpg", "cat2.jpg", "Cat3.jpg", "cat10.jpg"],
+    ],
+    ids=["numbers", "numbers in sub-folders", "names"],
+)
+def test_files_are_sorted_by_number_or_else_naturally(tmp_path, names):
+    touch(tmp_path, *reversed(names), "notes.txt")
+    assert listed(tmp_path) == names
 
 
 def test_every_extension_in_any_case_is_found_and_hidden_files_are_not(tmp_path):
@@ -98,11 +96,38 @@ def test_every_extension_in_any_case_is_found_and_hidden_files_are_not(tmp_path)
     assert listed(tmp_path) == names
 
 
-def test_images_sub_folder_is_taken_only_where_the_folder_has_no_images(tmp_path):
+def test_images_sub_folder_is_taken_only_where_the_folder_has_no_images(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     touch(tmp_path, "images/1.jpg", "masks/1.png")
     assert listed(tmp_path) == ["images/1.jpg"]
+    assert caplog.messages == [f"data_path {tmp_path}: only the 1 images of its folder images are taken"]
     touch(tmp_path, "2.jpg")
     assert listed(tmp_path) == ["images/1.jpg", "masks/1.png", "2.jpg"]
+    assert caplog.messages[1:] == [
+        f"data_path {tmp_path}: 3 images of all its folders are taken: . (1), images (1), masks (1)"
+    ]
+
+
+@pytest.mark.parametrize("where", ["", "CelebAMask-HQ/"])
+def test_of_celebamask_hq_the_photographs_are_taken_and_not_the_masks(tmp_path, caplog, where):
+    caplog.set_level(logging.INFO)
+    photographs = [f"{where}CelebA-HQ-img/{i}.jpg" for i in (0, 2, 10)]
+    masks = [f"{where}CelebAMask-HQ-mask-anno/{i}/0000{i}_{part}.png" for i in range(3) for part in ("hair", "skin")]
+    touch(tmp_path, *photographs, *masks, f"{where}CelebA-HQ-to-CelebA-mapping.txt", "__MACOSX/readme")
+    assert listed(tmp_path) == photographs
+    assert caplog.messages == [f"data_path {tmp_path}: only the 3 images of its folder {where}CelebA-HQ-img are taken"]
+
+
+def test_images_of_many_folders_are_named_with_their_largest(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    touch(tmp_path, *(f"class{i}/{j}.jpg" for i in range(9) for j in range(i + 1)))
+    assert len(listed(tmp_path)) == 45
+    assert caplog.messages == [
+        f"data_path {tmp_path}: 45 images of all its folders are taken: "
+        "class8 (9), class7 (8), class6 (7), class5 (6), class4 (5) and 4 more"
+    ]
+    caplog.clear()
+    assert len(listed(tmp_path / "class8")) == 9 and not caplog.messages
 
 
 def test_linked_folders_are_followed_once(tmp_path):
@@ -125,16 +150,11 @@ def test_folder_errors_say_what_was_given_and_what_to_do(tmp_path):
         list_images(str(tmp_path / "empty"))
 
 
-def test_celebahq_is_split_in_order(caplog):
+def test_celebahq_is_split_in_order_and_another_size_in_proportion_with_a_warning(caplog):
     paths = list(range(30_000))
-    train, val, test = split_paths(paths, "celebahq", 0.3, 0)
-    assert (train, val, test) == (paths[:27_000], paths[27_000:28_500], paths[28_500:])
+    assert split_paths(paths, "celebahq", 0.3, 0) == (paths[:27_000], paths[27_000:28_500], paths[28_500:])
     assert not caplog.records
-
-
-def test_celebahq_of_another_size_is_split_in_proportion_with_a_warning(caplog):
-    train, val, test = split_paths(list(range(1000)), "celebahq", 0.3, 0)
-    assert (train, val, test) == (list(range(900)), list(range(900, 950)), list(range(950, 1000)))
+    assert split_paths(paths[:1000], "celebahq", 0.3, 0) == (paths[:900], paths[900:950], paths[950:1000])
     assert "30000 images, but 1000 were found" in caplog.text
     assert split_paths([1, 2, 3], "celebahq", 0.0, 0) == ([1, 2], [3], [])
 
@@ -148,18 +168,8 @@ def test_random_split_is_seeded_sorted_and_complete():
     torch.manual_seed(1)
     assert split_paths(paths, "folder", 0.1, 5) == (train, val, test)
     assert split_paths(paths, "folder", 0.1, 6)[1] != val
-
-
-@pytest.mark.parametrize("n, fraction, n_val", [(10, 0.0, 0), (10, 0.01, 1), (2, 0.99, 1), (1, 0.5, 0), (10, 0.25, 2)])
-def test_random_split_sizes(n, fraction, n_val):
-    train, val, _ = split_paths(list(range(n)), "folder", fraction, 0)
-    assert (len(train), len(val)) == (n - n_val, n_val)
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.0])
-def test_val_fraction_out_of_range_is_refused(fraction):
-    with pytest.raises(ValueError, match=f"val_fraction is {fraction}: expected"):
-        split_paths([1, 2], "folder", fraction, 0)
+    for n, fraction, n_val in ((10, 0.0, 0), (10, 0.01, 1), (2, 0.99, 1), (1, 0.5, 0), (10, 0.25, 2)):
+        assert list(map(len, split_paths(paths[:n], "folder", fraction, 0))) == [n - n_val, n_val, 0]
 
 
 # Reading
@@ -220,30 +230,24 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert np.abs(read(save(tmp_path / "b.jpg", flat)) - np.array([255, 0, 0])).max() <= 4
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_16_bit_grey_is_scaled_from_its_full_range(tmp_path, name):
+def test_16_bit_grey_is_scaled_from_its_full_range(tmp_path):
     values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    assert np.abs(read(save(tmp_path / name, values)) - values[..., None] / 257).max() <= 0.5
-    dark = (values // 256).astype(np.uint16)
-    assert read(save(tmp_path / name, dark)).max() == 1
-
-
-def test_big_endian_16_bit_grey(tmp_path):
-    values = np.linspace(0, 65535, 64).astype(">u2").reshape(8, 8)
-    image = Image.frombytes("I;16B", (8, 8), values.tobytes())
-    assert np.abs(read(save(tmp_path / "a.tif", image)) - values[..., None] / 257).max() <= 0.5
+    for name in ("a.png", "a.tif"):
+        assert np.abs(read(save(tmp_path / name, values)) - values[..., None] / 257).max() <= 0.5
+        assert read(save(tmp_path / name, (values // 256).astype(np.uint16))).max() == 1
+    big_endian = Image.frombytes("I;16B", (8, 8), values.astype(">u2").tobytes())
+    assert np.abs(read(save(tmp_path / "b.tif", big_endian)) - values[..., None] / 257).max() <= 0.5
 
 
 @pytest.mark.parametrize(
     "dtype, low, high, black, white",
     [
-        (np.int32, 0, 1, 0, 255),
         (np.int32, 0, 200, 0, 255),
         (np.int32, 0, 60_000, 0, 65_535),
         (np.int32, -500, 1_000_000, -500, 1_000_000),
+        (np.int32, 0, 1_000_000, 0, 1_000_000),
         (np.float32, 0, 0.9, 0, 1),
         (np.float32, 0, 254, 0, 255),
-        (np.float32, 0, 60_000, 0, 65_535),
         (np.float32, -3.5, 2.5, -3.5, 2.5),
         (np.float32, -1, -1, -1, 1),
     ],
@@ -252,11 +256,9 @@ def test_32_bit_grey_is_scaled_and_not_clipped(tmp_path, dtype, low, high, black
     values = np.linspace(low, high, 64).astype(dtype).reshape(8, 8)
     expected = (values - black) * (255 / (white - black))
     assert np.abs(read(save(tmp_path / "a.tif", values)) - expected[..., None]).max() <= 0.51
-
-
-def test_float_images_with_missing_values(tmp_path):
-    values = np.array([[np.nan, 1.0], [np.inf, 0.5]], dtype=np.float32)
-    assert read(save(tmp_path / "a.tif", values))[..., 0].tolist() == [[0, 255], [0, 128]]
+    if dtype == np.float32 and black == 0 and white == 1:
+        values[0, :2] = np.nan, np.inf
+        assert read(save(tmp_path / "a.tif", values))[0, :2, 0].tolist() == [0, 0]
 
 
 STORED = {
@@ -286,11 +288,11 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     assert np.abs(drafted[50::100, 50::100].astype(int) - upright[200::400, 200::400]).max() < 12
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 @pytest.mark.parametrize("block", [b"Exif\0\0no TIFF header", b"Exif\0\0MM\0*"])
-def test_damaged_exif_does_not_hide_the_pixels(tmp_path, name, block):
-    path = save(tmp_path / name, Image.new("RGB", (16, 16), (200, 200, 200)), exif=block)
-    assert np.abs(read(path).astype(int) - 200).max() <= 2
+def test_damaged_exif_does_not_hide_the_pixels(tmp_path, block):
+    for name in ("a.jpg", "a.png", "a.webp"):
+        path = save(tmp_path / name, Image.new("RGB", (16, 16), (200, 200, 200)), exif=block)
+        assert np.abs(read(path).astype(int) - 200).max() <= 2
 
 
 def test_first_frame_of_animations_is_read(tmp_path):
@@ -318,13 +320,13 @@ def test_large_jpegs_are_decoded_at_no_less_than_twice_the_hint(tmp_path, min_si
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tif", "gif"])
-@pytest.mark.parametrize("kept", [0.02, 0.5, 0.98])
-def test_truncated_files_are_broken(tmp_path, extension, kept):
+def test_truncated_files_are_broken(tmp_path, extension):
     path = save(tmp_path / f"a.{extension}", noise(50, 50))
     content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(BrokenImage, match=f"cannot read the image .*a.{extension}: ."):
-        load_image(path)
+    for kept in (0.02, 0.5, 0.98):
+        path.write_bytes(content[: int(kept * len(content))])
+        with pytest.raises(BrokenImage, match=f"cannot read the image .*a.{extension}: ."):
+            load_image(path)
 
 
 def test_empty_foreign_and_missing_files_are_broken(tmp_path):
@@ -334,24 +336,8 @@ def test_empty_foreign_and_missing_files_are_broken(tmp_path):
     for name in ("text.jpg", "empty.jpg", "program.jpg"):
         with pytest.raises(BrokenImage, match="empty, damaged, or not a JPEG"):
             load_image(tmp_path / name)
-    with pytest.raises(BrokenImage, match="No such file") as caught:
+    with pytest.raises(BrokenImage, match="No such file"):
         load_image(tmp_path / "gone.jpg")
-    copy = pickle.loads(pickle.dumps(caught.value))
-    assert str(copy) == str(caught.value) and copy.path == tmp_path / "gone.jpg" and copy.reason
-
-
-def png_header(width, height):
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 1 << 20) + b"IDAT"
-
-
-@pytest.mark.filterwarnings("ignore:Image size")
-@pytest.mark.parametrize("width, height", [(20_000, 13_000), (100_000, 100_000)])
-def test_too_many_pixels_are_refused_without_decoding(tmp_path, width, height):
-    (tmp_path / "bomb.png").write_bytes(png_header(width, height))
-    with pytest.raises(BrokenImage, match="pixels.* limit"):
-        load_image(tmp_path / "bomb.png")
 
 
 @pytest.mark.filterwarnings("error")
@@ -373,7 +359,7 @@ def scaled_by_torch(pixels, height, width):
 
 
 @pytest.mark.parametrize("size", [16, 48, 80])
-@pytest.mark.parametrize("shape", [(48, 96), (96, 48), (48, 48)])
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
 @pytest.mark.parametrize("crop", [(0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (0.26, 0.26)])
 def test_image_to_tensor_is_a_scaling_followed_by_a_crop(size, shape, crop):
     pixels = noise(*shape, seed=3) // 2 + 64  # no overshoot beyond 0..255, which Pillow clips in between
@@ -445,10 +431,9 @@ def test_flips_and_crops_follow_the_address_alone(folder):
 
 def test_without_augmentation_addresses_change_nothing(folder):
     dataset = ImageFolderDataset(list_images(folder), img_size=16)
-    plain = dataset[3]["image"]
     for position in range(6):
         item = dataset[(3, 1, position)]
-        assert torch.equal(item["image"], plain) and item["flip"] is False
+        assert torch.equal(item["image"], dataset[3]["image"]) and item["flip"] is False
 
 
 def test_broken_files_are_replaced_by_the_next_readable_one(folder):
@@ -457,18 +442,23 @@ def test_broken_files_are_replaced_by_the_next_readable_one(folder):
         paths[i].write_bytes(b"")
     dataset = ImageFolderDataset(paths, img_size=16)
     item = dataset[(4, 0, 9)]
-    assert item["index"] == 6 and item["position"] == 9 and item["broken"] == (str(paths[4]), str(paths[5]))
+    assert (
+        item["index"] == 6
+        and item["position"] == 9
+        and [path for path, _ in item["broken"]] == list(map(str, paths[4:6]))
+    )
+    assert all("empty, damaged, or not a JPEG" in reason for _, reason in item["broken"])
     assert torch.equal(item["image"], dataset[6]["image"])
-    assert dataset[11]["index"] == 0 and dataset[11]["broken"] == (str(paths[11]),)
+    assert dataset[11]["index"] == 0 and dataset[11]["broken"][0].path == str(paths[11])
 
 
 def test_dataset_without_a_readable_file_says_so(tmp_path):
     touch(tmp_path, "1.jpg", "2.jpg")
     dataset = ImageFolderDataset(list_images(tmp_path), img_size=16)
-    with pytest.raises(RuntimeError, match="none of the 2 images .* can be read .*1.jpg.*check that data_path"):
+    with pytest.raises(
+        RuntimeError, match="none of the 2 images .* can be read .*2.jpg: empty, .*check that data_path"
+    ):
         dataset[1]
-    with pytest.raises(ValueError, match="paths is empty"):
-        ImageFolderDataset([], img_size=16)
 
 
 def test_identity_changes_with_the_data(folder):
@@ -514,10 +504,6 @@ def test_training_and_validation_windows_share_no_pixel(img_size):
         assert not (covered[photo, "train"] & covered[photo, "val"]).any()
 
 
-def test_only_one_view_of_the_motorcycle_is_used():
-    assert sum("motorcycle" in file for _, file in PHOTOS.values()) == 1
-
-
 def test_crops_are_the_pixels_that_their_names_say():
     dataset = PhotoCrops("val", 24, 30)
     for i, (photo, x, y, side) in enumerate(windows(dataset)):
@@ -553,14 +539,13 @@ def test_photo_crops_are_fixed_by_their_seed():
 
 def test_photo_crops_are_flipped_by_address():
     dataset = PhotoCrops("train", 16, 5, flip=True, seed=9)
-    plain = dataset[2]["image"]
-    flips = []
-    for position in range(32):
+    plain, flips = dataset[2]["image"], set()
+    for position in range(8):
         item = dataset[(2, 3, position)]
-        flips.append(uniform_number(9, "flip", 3, position) < 0.5)
-        assert item["flip"] is flips[-1] and item["position"] == position and item["index"] == 2
+        flips.add(item["flip"])
+        assert item["flip"] is (uniform_number(9, "flip", 3, position) < 0.5) and item["position"] == position
         assert torch.equal(item["image"], plain.flip(-1) if item["flip"] else plain)
-    assert 6 < sum(flips) < 26
+    assert flips == {True, False}
 
 
 def test_photo_errors_name_the_package_and_the_setting(monkeypatch):
@@ -622,8 +607,7 @@ def test_addresses_do_not_depend_on_how_the_global_batch_is_factored(n_images, b
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("batch_size, accumulation", [(1, 3), (2, 1), (5, 3)])
 def test_ranks_yield_equally_many_micro_batches_of_even_size(world_size, batch_size, accumulation):
     for n_images in range(1, 64):
         samplers = [
@@ -636,7 +620,6 @@ def test_ranks_yield_equally_many_micro_batches_of_even_size(world_size, batch_s
         assert {len(found) for found in batches} == {len(first)}
         counts = [first.micro_batches(step) for step in range(first.steps_per_epoch)]
         assert sum(counts) == len(first) and all(count == accumulation for count in counts[:-1])
-        taken = 0
         for step, count in enumerate(counts):
             window = [[batch for batch in found if batch[0][1] == step] for found in batches]
             assert {len(found) for found in window} == {count}
@@ -646,8 +629,7 @@ def test_ranks_yield_equally_many_micro_batches_of_even_size(world_size, batch_s
             assert max(sizes) - min(sizes) <= 1 and max(sizes) <= batch_size
             positions = [place for m in range(count) for found in real for _, _, place in found[m]]
             assert positions == list(range(first.window_size(step)))
-            taken += len(positions)
-        assert taken == n_images
+        assert sum(map(first.window_size, range(first.steps_per_epoch))) == n_images
 
 
 def test_a_filler_is_a_batch_that_counts_for_nothing(folder):
@@ -656,9 +638,9 @@ def test_a_filler_is_a_batch_that_counts_for_nothing(folder):
     samplers = [GlobalBatchSampler(3, 1, rank=rank, world_size=2, shuffle=False) for rank in range(2)]
     last = [build_loader(dataset, sampler, 0, "cpu") for sampler in samplers]
     last = [list(loader)[-1] for loader in last]
-    assert sorted(batch["filler"] for batch in last) == [False, True]
-    assert sorted(train_flextok.batch_size(batch) for batch in last) == [0, 1]
-    assert all(len(batch["image"]) == 1 and batch["position"].tolist() == [0] for batch in last)
+    assert sorted(batch.weight == 0 for batch in last) == [False, True]
+    assert sorted(batch.size for batch in last) == [0, 1]
+    assert all(len(batch.images) == 1 and batch.position.tolist() == [0] for batch in last)
 
 
 @pytest.mark.parametrize("step_in_epoch", [0, 1, 4, 5])
@@ -701,11 +683,11 @@ def test_batches_do_not_depend_on_workers(folder):
             epochs[num_workers, epoch] = list(loader)
             assert len(epochs[num_workers, epoch]) == len(loader) == 6
     for epoch in (0, 1):
-        for one, other in zip(epochs[0, epoch], epochs[2, epoch]):
-            assert one["broken"] == other["broken"]
-            assert all(torch.equal(one[key], other[key]) for key in ("image", "index", "position", "flip"))
-    assert [path for batch in epochs[2, 0] for path in batch["broken"]] == [str(paths[7])]
-    assert not torch.equal(epochs[0, 0][0]["index"], epochs[0, 1][0]["index"])
+        for one, other in zip(epochs[0, epoch], epochs[2, epoch], strict=True):
+            assert one.broken == other.broken
+            assert all(torch.equal(getattr(one, key), getattr(other, key)) for key in ("images", "index", "position"))
+    assert [file.path for batch in epochs[2, 0] for file in batch.broken] == [str(paths[7])]
+    assert not torch.equal(epochs[0, 0][0].index, epochs[0, 1][0].index)
 
 
 def test_collate_stacks_items(folder):
@@ -713,11 +695,10 @@ def test_collate_stacks_items(folder):
     items = [dataset[(index, 0, position)] for position, index in enumerate((5, 2, 8))]
     items[1]["broken"], items[2]["broken"] = ("a", "b"), ("c",)
     batch = collate(items)
-    assert batch["image"].shape == (3, 3, 16, 16) and batch["image"].dtype == torch.float32
-    assert batch["index"].tolist() == [5, 2, 8] and batch["index"].dtype == torch.long
-    assert batch["position"].tolist() == [0, 1, 2] and batch["position"].dtype == torch.long
-    assert batch["flip"].tolist() == [item["flip"] for item in items] and batch["flip"].dtype == torch.bool
-    assert batch["broken"] == ["a", "b", "c"]
+    assert batch.images.shape == (3, 3, 16, 16) and batch.images.dtype == torch.float32
+    assert batch.index.tolist() == [5, 2, 8] and batch.index.dtype == torch.long
+    assert batch.position.tolist() == [0, 1, 2] and batch.position.dtype == torch.long
+    assert batch.broken == ["a", "b", "c"]
 
 
 class ThreadCounts(torch.utils.data.Dataset):
@@ -731,7 +712,7 @@ def test_workers_use_one_thread_each_and_loading_leaves_the_random_state_alone()
     state = torch.get_rng_state()
     try:
         loader = build_loader(ThreadCounts(), GlobalBatchSampler(2, 1), 2, "cpu")
-        assert [batch["image"].tolist() for batch in loader] == [[1], [1]]
+        assert [batch.images.tolist() for batch in loader] == [[1], [1]]
         assert torch.equal(torch.get_rng_state(), state)
     finally:
         torch.set_num_threads(before)
@@ -740,9 +721,31 @@ def test_workers_use_one_thread_each_and_loading_leaves_the_random_state_alone()
 def test_memory_is_pinned_on_cuda_only(folder):
     dataset, sampler = ImageFolderDataset(list_images(folder), 16), GlobalBatchSampler(12, 4)
     assert build_loader(dataset, sampler, 0, torch.device("cuda")).pin_memory
-    loader = build_loader(dataset, sampler, 0, "cpu")
-    assert not loader.pin_memory and not loader.persistent_workers
-    assert build_loader(dataset, sampler, 2, "cpu").persistent_workers
+    assert not build_loader(dataset, sampler, 0, "cpu").pin_memory
+
+
+@pytest.mark.parametrize("what", ["files", "memory"])
+def test_processes_that_cannot_hand_over_their_batches_end_the_loading_with_what_to_raise(folder, what):
+    """A kept batch costs one open file. A container's full /dev/shm is simulated by a limit on the size of a file."""
+    dataset = ImageFolderDataset(list_images(folder), img_size=64)
+    loader = build_loader(dataset, GlobalBatchSampler(12, 2), 2, "cpu")
+    loader.timeout = 30  # rather fail than hang
+    limit = resource.RLIMIT_NOFILE if what == "files" else resource.RLIMIT_FSIZE
+    before, kept = resource.getrlimit(limit), []
+    value = len(os.listdir("/proc/self/fd")) + 60 if what == "files" else 90_000  # a batch has 98304 bytes
+    resource.setrlimit(limit, (value, before[1]))
+    advice = (
+        rf"too many files are open\. Raise the limit in the shell \(ulimit -n, now {value}\)"
+        if what == "files"
+        else r"no room in the shared memory .*\(docker run --shm-size=8g\)"
+    )
+    try:
+        with pytest.raises(LoaderError, match=rf"^the processes that load .*{advice}, or lower num_workers \(now 2;"):
+            for _ in range(20):
+                kept += list(loader)
+    finally:
+        resource.setrlimit(limit, before)
+    assert len(kept) >= (25 if what == "files" else 0)
 
 
 def test_datasets_can_be_sent_to_a_spawned_worker(folder):
@@ -802,26 +805,26 @@ def test_missing_data_path_says_what_to_set():
 # Broken files
 
 
-def test_broken_files_are_counted_and_logged_once(caplog):
+def broken_files(*names):
+    return [BrokenFile(f"{name}.jpg", f"no {name}") for name in names]
+
+
+def test_broken_files_are_counted_and_logged_once_with_the_reason(caplog):
     broken = BrokenFiles(1000)
-    broken.add(["a.jpg", "b.jpg"])
-    broken.add(["b.jpg"])
-    broken.add(f"{i}.jpg" for i in range(8))
-    assert broken.count == 10 and broken.paths[:2] == ["a.jpg", "b.jpg"]
-    assert len(caplog.records) == 10 and all(record.levelname == "WARNING" for record in caplog.records)
-    with pytest.raises(TooManyBrokenFiles, match=r"11 of 1000 images cannot be read(?s:.)*a\.jpg\nb\.jpg"):
-        broken.add(["c.jpg"])
+    for names in ("ab", "b", range(8)):
+        broken.add(broken_files(*names))
+    assert broken.count == len(caplog.records) == 10 and {record.levelname for record in caplog.records} == {"WARNING"}
+    assert caplog.messages[0] == "cannot read the image a.jpg: no a; another takes its place"
+    with pytest.raises(TooManyBrokenFiles, match=r"11 of 1000 images cannot be read(?s:.)*\na\.jpg: no a\nb\.jpg"):
+        broken.add(broken_files("c"))
+    with pytest.raises(TooManyBrokenFiles) as caught:
+        BrokenFiles(100).add(broken_files(*range(50)))
+    assert str(caught.value).endswith("19.jpg: no 19\nand 30 more")
 
 
 def test_one_broken_file_never_stops_a_run():
     broken = BrokenFiles(3)
-    broken.add(["a.jpg"])
-    broken.add(["a.jpg"])
+    broken.add(broken_files("a"))
+    broken.add(broken_files("a"))
     with pytest.raises(TooManyBrokenFiles, match="2 of 3"):
-        broken.add(["b.jpg"])
-
-
-def test_long_lists_of_broken_files_are_cut():
-    with pytest.raises(TooManyBrokenFiles) as caught:
-        BrokenFiles(100).add([f"{i}.jpg" for i in range(50)])
-    assert "19.jpg\nand 30 more" in str(caught.value) and "20.jpg" not in str(caught.value)
+        broken.add(broken_files("b"))

@@ -1,4 +1,4 @@
-"""Reports of evaluations and ablations: tables, plots and self-contained HTML pages from plain dicts."""
+"""Reports of evaluations and ablations: console tables, plots and self-contained HTML pages from plain dicts."""
 
 import base64
 import copy
@@ -16,15 +16,19 @@ VOID = {"meta", "img", "br", "link", "hr", "input", "source"}
 
 
 class Page(HTMLParser):
-    """Balanced tags, visible text, and whatever a browser would load."""
+    """Balanced tags, visible text, and whatever a browser would load or look up."""
 
-    def __init__(self, html: str):
+    def __init__(self, path):
         super().__init__()
-        self.open, self.texts, self.sources, self.links, self.tags = [], [], [], [], []
-        self.feed(html)
+        self.html = path.read_text(encoding="utf-8")
+        self.open, self.texts, self.sources, self.links, self.tags, self.ids = [], [], [], [], [], []
+        self.references = set(re.findall(r"url\(#([^)]*)\)", self.html))
+        self.feed(self.html)
         self.close()
         assert self.open == [], f"not closed: {self.open}"
+        assert len(self.ids) == len(set(self.ids)) and self.references <= set(self.ids)
         self.text = re.sub(r"\s+", " ", " ".join(self.texts))
+        self.plots = {plot.stem for plot in (path.parent / "plots").glob("*.png")}
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
@@ -32,7 +36,11 @@ class Page(HTMLParser):
             assert not name.startswith("on"), f"{tag} has a handler {name}"
             if name == "href" and tag == "a":
                 self.links.append(value)
-            elif name in ("src", "srcset", "href", "data", "poster", "action"):
+            elif name == "id":
+                self.ids.append(value)
+            elif name == "xlink:href" and value.startswith("#"):
+                self.references.add(value[1:])
+            elif name in ("src", "srcset", "href", "xlink:href", "data", "poster", "action"):
                 self.sources.append(value)
         if tag not in VOID:
             self.open.append(tag)
@@ -45,9 +53,18 @@ class Page(HTMLParser):
         if self.open and self.open[-1] != "style":
             self.texts.append(data)
 
+    def ticks(self, metric: str) -> list[float]:
+        """The numbers on the axes of a plot."""
+        (svg,) = re.findall(rf'aria-label="Plot of {metric}">(.*?)</svg>', self.html, re.S)
+        return [float(text) for text in re.findall(r">(-?\d+(?:\.\d+)?)</text>", svg)]
 
-def read(path) -> Page:
-    return Page(path.read_text(encoding="utf-8"))
+
+def page_of(results: dict, folder) -> Page:
+    return Page(report.write_report(results, folder))
+
+
+def ablation_page_of(ablation: dict, folder) -> Page:
+    return Page(ablation_report.write_ablation_report(ablation, folder))
 
 
 def measure(value, low=None, high=None, n=40, **more):
@@ -111,9 +128,11 @@ def ablation(baseline, other, **parts) -> dict:
     return {"format": 1, "config": "configs/a.yaml", "arms": arms, "notes": ["short runs"], **parts}
 
 
-def psnr_verdict(given: dict, name="PSNR, 16 tokens") -> ablation_report.Verdict:
-    row = next(row for row in ablation_report.final_rows(given) if row.name == name)
-    return ablation_report.verdict(row, 1, [arm["name"] for arm in given["arms"]])
+def verdict(given: dict, name="PSNR, 16 tokens: ") -> str:
+    """What the console says of a metric: verdicts after a colon, else its row of the table."""
+    lines = [line.strip() for line in ablation_report.console_table(given).splitlines()]
+    (found,) = [line.removeprefix(name) for line in lines if line.startswith(name)]
+    return found
 
 
 # One evaluation
@@ -121,91 +140,123 @@ def psnr_verdict(given: dict, name="PSNR, 16 tokens") -> ablation_report.Verdict
 
 def test_every_number_is_in_the_console_and_on_the_page(tmp_path):
     save_grids(tmp_path)
-    page = read(report.write_report(results(), tmp_path))
-    console = report.console_table(results())
-    for number in [*NUMBERS, "0.211", "0.342", "n=39"]:
+    page, console = page_of(results(), tmp_path), report.console_table(results())
+    for number in [*NUMBERS, "0.211", "0.342", "n=39", "by classes"]:
         assert number in console, number
         assert number in page.text, number
-    for number in "33 38 4.91 5.22 30.1 37.3".split():
-        assert number in page.text, number
-    for setting in ("runs/a", "small", "photos", "25", "7.5", "dinov2_vits14 at 224 px", "fp32", "2025-01-02", "seed 7",
-                    "1 min 23 s", "1.65 GB", "too few images: 40"):  # fmt: skip
-        assert setting in page.text, setting
+    for said in ("runs/a", "small", "photos", "25", "7.5", "dinov2_vits14 at 224 px", "fp32", "2025-01-02", "seed 7",
+                 "1 min 23 s", "1.65 GB", "too few images: 40", *"33 38 4.91 5.22 30.1 37.3".split()):  # fmt: skip
+        assert said in page.text, said
+    assert "PSNR [dB] ↑" in page.text and "rFID ↓" in page.text and "It favours blur" in page.text
+    assert re.findall(r"^(\d+|VAE alone) +40 ", console, re.M) == ["1", "4", "16", "VAE alone"]
 
 
-def test_rows_are_ascending_with_the_vae_last():
-    lines = report.console_table(results()).splitlines()
-    first_words = [line.split()[0] for line in lines if re.match(r"(\d+|vae) +40 ", line)]
-    assert first_words == ["1", "4", "16", "vae"]
+@pytest.mark.parametrize(
+    "key, rows, said",
+    [
+        ("psnr", {1: (20.0,), 2: (19.0,)}, "to 19.00 dB with 2, so more tokens are worse here (higher is better)"),
+        ("lpips", {1: (0.5,), 2: (0.4,)}, "LPIPS falls from 0.500 with 1 token to 0.400 with 2."),
+        ("psnr", {1: (20.0, 19, 21), 2: (20.5, 19.5, 21.5)}, "no clear difference"),
+        ("psnr", {1: (20.0,), 2: (20.001,)}, "PSNR stays at 20.00 dB from 1 token to 2."),
+        ("psnr", {1: (10.0,), 2: (30.0,), 4: (20.0,)}, "and is best with 2: 30.00 dB"),
+        ("psnr", {4: (17.0,)}, "PSNR is 17.00 dB with 4 tokens."),
+        ("psnr", {}, "No reconstruction metric has a value."),
+    ],
+)
+def test_headline_says_what_the_numbers_say(key, rows, said):
+    given = results(reconstruction={str(count): {key: measure(*values)} for count, values in rows.items()})
+    assert said in report.console_table(given).splitlines()[1]
 
 
-def test_headline_says_what_the_numbers_say():
-    assert report.headline(results()).startswith("PSNR rises from 14.21 dB with 1 token to 22.87 dB with 16;")
-    assert "31.25 dB" in report.headline(results())
-    falling = {"1": {"psnr": measure(20.0)}, "2": {"psnr": measure(19.0)}}
-    assert "more tokens are worse" in report.headline(results(reconstruction=falling))
-    lower = {"1": {"lpips": measure(0.5)}, "2": {"lpips": measure(0.4)}}
-    assert report.headline(results(reconstruction=lower)) == "LPIPS falls from 0.500 with 1 token to 0.400 with 2."
-    overlap = {"1": {"psnr": measure(20.0, 19, 21)}, "2": {"psnr": measure(20.5, 19.5, 21.5)}}
-    assert "no clear difference" in report.headline(results(reconstruction=overlap))
-    peak = {str(n): {"psnr": measure(value)} for n, value in ((1, 10.0), (2, 30.0), (4, 20.0))}
-    assert "best with 2: 30.00 dB" in report.headline(results(reconstruction=peak))
-    assert report.headline(results(reconstruction={})) == "No reconstruction metric has a value."
+def test_the_headline_and_tokens_that_carry_nothing_lead_the_page(tmp_path):
+    said = "PSNR rises from 14.21 dB with 1 token to 22.87 dB with 16; the VAE alone, without tokens, gives 31.25 dB."
+    given = results(tokens_warning="the tokens carry nothing: all images have the same code")
+    page = page_of(given, tmp_path)
+    order = [said, "The tokens carry nothing: all images", "too few images: 40", "<h2>"]
+    places = [page.html.index(text) for text in order]
+    assert places == sorted(places) and page.html.count("carry nothing") == 1
+    assert all(text in report.console_table(given) for text in order[:3])
 
 
-def test_plots_hold_what_the_results_hold(tmp_path):
-    plots = report.write_plots(results(), tmp_path)
-    assert set(plots) == {"psnr", "rfid", "cknna", "used", "entropy_bits"}
-    for path in plots.values():
-        assert Image.open(path).width >= 800
-    bare = results(reconstruction={}, alignment=None, codes=None)
-    assert report.write_plots(bare, tmp_path / "bare") == {}
+@pytest.mark.parametrize("psnr", [100.0, 99.4, math.inf])
+def test_a_lossless_vae_is_called_so(tmp_path, psnr):
+    given = results()
+    given["reconstruction"]["vae"]["psnr"] = measure(psnr, psnr, psnr)
+    console, page = report.console_table(given), page_of(given, tmp_path)
+    for text in (console, page.text):
+        assert "the VAE alone, without tokens, is lossless." in text
+        assert not re.search(r"\b(100|99)\.\d+|\binf", text.replace("100.0 %", ""))
+    assert re.search(r"^VAE alone +40 +lossless ", console, re.M) and "VAE alone: lossless" in page.text
+    assert "lossless" not in report.console_table(results())
+
+
+def test_a_plot_does_not_magnify_noise(tmp_path):
+    first, last = ({"psnr": measure(30 + x), "rfid": measure(200 + x)} for x in (0.001, 0.014))
+    page = page_of(results(reconstruction={"1": first, "16": last}), tmp_path)
+    for name, value, span in (("PSNR", 30, 0.7), ("rFID", 200, 14)):
+        ticks = [tick for tick in page.ticks(name) if tick > 16]  # those of y
+        assert max(ticks) - min(ticks) >= span and min(ticks) <= value and max(ticks) >= value + 0.2
+
+
+def test_plots_are_those_of_the_results(tmp_path):
+    page = page_of(results(), tmp_path)
+    assert page.plots == {"psnr", "rfid", "cknna", "used", "entropy_bits"} and page.tags.count("svg") == 5
+    assert all(Image.open(path).width >= 800 for path in (tmp_path / "plots").iterdir())
+    for said in ("decoder layer (0 is the first)", "aligned in training", "most possible with 40 images", "VAE alone"):
+        assert said in page.text, said
+    assert {1, 4, 16} <= set(page.ticks("PSNR")) and page.references
+    assert "currentColor" in page.html and "#1b2129" not in page.html  # readable on light and dark
+    bare = page_of(results(reconstruction={}, alignment=None, codes=None), tmp_path / "bare")
+    assert "svg" not in bare.tags and not bare.plots
 
 
 def test_the_page_loads_nothing_from_outside(tmp_path):
     save_grids(tmp_path)
-    page = read(report.write_report(results(), tmp_path))
-    assert len(page.sources) == 7 and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    page = page_of(results(), tmp_path)
+    assert len(page.sources) == 2 and all(source.startswith("data:image/png;base64,") for source in page.sources)
     for source in page.sources:
         assert base64.b64decode(source.split(",")[1], validate=True).startswith(b"\x89PNG")
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags) and "@import" not in page.html
     assert all(re.match(r"https://(arxiv\.org/abs|doi\.org)/", link) for link in page.links) and page.links
-    assert "@import" not in report.CSS and "url(" not in report.CSS
 
 
 def test_text_is_escaped_everywhere(tmp_path):
-    evil = "<script>alert('x')</script>\"&"
-    given = results(skipped={evil: evil}, grids={evil: f"{evil}.png"})
+    evil = "<script>alert('x')</script>\"&$_"
+    given = results(skipped={evil: evil}, grids={evil: f"{evil}.png"}, tokens_warning=evil)
     given["about"].update(checkpoint=evil, model=evil)
     given["alignment"]["encoder"] = given["codes"]["silhouette_by"] = evil
     given["probes"] = {**given["probes"], "classes": [evil], "features": {evil: {"knn": 0.5, "linear": 0.5}}}
     given["reconstruction"]["1"]["psnr"]["warning"] = evil
-    page = read(report.write_report(given, tmp_path))
-    assert "script" not in page.tags and page.text.count(evil) >= 8
+    given["reconstruction"]["1"][evil.replace("/", "")] = measure(0.5)
+    page = page_of(given, tmp_path)
+    assert "script" not in page.tags and page.text.count(evil) >= 14
+    assert report.console_table(given).count(evil) >= 8  # as it is
     compared = ablation([run(results=given)], [run()], notes=[evil], config=evil)
     compared["arms"][1].update(name=evil, overrides={evil: evil})
-    page = read(ablation_report.write_ablation_report(compared, tmp_path / "ablation"))
-    assert "script" not in page.tags and page.text.count(evil) >= 6
+    page = ablation_page_of(compared, tmp_path / "ablation")
+    assert "script" not in page.tags and page.text.count(evil) >= 14
 
 
 def test_missing_parts_are_named(tmp_path):
     given = results(probes=None, alignment=None, codes=None, grids={}, cost={})
     given["skipped"]["probes"] = "the images have no classes"
     del given["reconstruction"]["1"]["rfid"]
-    texts = [report.console_table(given), read(report.write_report(given, tmp_path)).text]
-    for text in texts:
-        for said in ("the images have no classes", "weights of AlexNet are missing",
-                     "use of the codes", "alignment with the vision encoder", "pictures", "SSIM",
-                     "latent MSE", "FD", "not computed"):  # fmt: skip
+    for text in (report.console_table(given), page_of(given, tmp_path).text):
+        for said in ("weights of AlexNet are missing", "use of the codes", "alignment with the vision encoder",
+                     "pictures", "SSIM", "latent MSE", "FD", "not computed"):  # fmt: skip
             assert said in text, said
         assert re.search(r"probes \(classes from frozen features\)\s+the images have no classes", text)
-    page = read(report.write_report(results(), tmp_path / "no_grids"))
+    page = page_of(results(), tmp_path / "no_grids")
     assert "grids/best.png" in page.text and "is missing" in page.text
 
 
-def test_a_metric_that_nobody_knows_is_shown_under_its_key():
-    given = results(reconstruction={"1": {"my_metric": measure(0.125)}})
-    assert "my_metric" in report.console_table(given) and "0.1250" in report.console_table(given)
+def test_a_metric_that_nobody_knows_is_shown_under_its_key(tmp_path):
+    warning = "my_metric of 1 image: use more"
+    given = results(reconstruction={"4": {"my_metric": measure(0.125, n=1, warning=warning)}}, codes=None)
+    page = page_of(given, tmp_path)
+    for text in (report.console_table(given), page.text):
+        assert "my_metric" in text and "0.1250" in text and text.count(warning) == 1
+    assert "my_metric" in page.plots  # of one point
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan])
@@ -217,96 +268,79 @@ def test_missing_numbers_are_dashes(tmp_path, nothing):
     given["probes"]["features"] = {"decoder layer 1": {"knn": nothing, "linear": nothing}}
     given["codes"].update(used=[nothing], entropy_bits=[nothing], perplexity=[nothing], silhouette={"1": nothing})
     given["cost"] = {"seconds": nothing, "peak_memory_bytes": nothing}
-    console, page = report.console_table(given), read(report.write_report(given, tmp_path))
+    console, page = report.console_table(given), page_of(given, tmp_path)
     assert not re.search(r"\b(nan|None)\b", console + page.text)
     assert re.search(r"^1 +40 +–$", console, re.M) and "cosine of a constant prediction  –" in console
-    assert report.write_plots(given, tmp_path) == {}
+    assert page.plots == set()
 
 
-def test_one_image_and_one_token_count(tmp_path):
-    warning = "psnr of 1 image: use more"
-    given = results(reconstruction={"4": {"psnr": measure(17.0, n=1, warning=warning)}}, codes=None)
-    page = read(report.write_report(given, tmp_path))
-    assert page.text.count(warning) == 1 and "PSNR is 17.00 dB with 4 tokens." in page.text
-    assert (tmp_path / "plots" / "psnr.png").is_file()
-
-
-def test_numbers_are_rounded_but_never_to_nothing():
-    assert report.number(14.205, 1) == "14.2"
-    assert report.number(0.00004, 2) == "4e-05"
-    assert report.number(-0.0, 2, sign=True) == "+0.00"
-    assert report.number(1e-15, 2) == "0.00"
-    assert report.number(math.inf) == report.DASH
-    assert report.duration(8000) == "2 h 13 min" and report.size(3e6) == "3 MB"
+def test_numbers_are_rounded_but_never_to_nothing(tmp_path):
+    rows = [{"psnr": measure(0.00004), "rfid": measure(math.inf)}, {"psnr": measure(14.206), "rfid": measure(-0.0)}]
+    given = results(reconstruction={"1": rows[0], "2": rows[1]}, cost={"seconds": 8000, "peak_memory_bytes": 3e6})
+    console, page = report.console_table(given), page_of(given, tmp_path)
+    assert re.search(r"^1 +40 +4e-05 +–$", console, re.M) and re.search(r"^2 +40 +14.21 +0.00$", console, re.M)
+    assert "2 h 13 min" in page.text and "0.003 GB" in page.text
 
 
 # Arms against each other
 
 
-def test_beyond_the_spread_is_better_or_worse():
+def test_beyond_the_spread_is_better_or_worse(tmp_path):
     baseline = [run(seed, shift) for seed, shift in enumerate((0.0, 0.1, -0.1))]
     up = [run(seed, shift + 1) for seed, shift in enumerate((0.01, 0.1, -0.11))]
-    verdict = psnr_verdict(ablation(baseline, up))
-    assert verdict.kind == "better"
-    assert verdict.text.startswith("repa better: higher by 1.00 dB, beyond the spread over seeds")
-    verdict = psnr_verdict(ablation(up, baseline))
-    assert verdict.kind == "worse" and verdict.text.startswith("repa worse: lower by 1.00 dB")
-    assert psnr_verdict(ablation(baseline, up), "rFID, 16 tokens").kind == "worse"  # higher is worse
+    given = ablation(baseline, up)
+    assert verdict(given).startswith("repa better: higher by 1.00 dB, beyond the spread over seeds")
+    assert verdict(ablation(up, baseline)).startswith("repa worse: lower by 1.00 dB")
+    assert verdict(given, "rFID, 16 tokens: ").startswith("repa worse: higher by")
+    html = ablation_page_of(given, tmp_path).html
+    assert '<span class="good">repa better: higher by 1.00 dB' in html and '<span class="bad">repa worse' in html
 
 
 def test_within_the_spread_no_difference_is_shown():
     baseline = [run(seed, shift) for seed, shift in enumerate((0.0, 0.5, -0.5))]
     other = [run(seed, shift + 0.05) for seed, shift in enumerate((0.4, -0.5, 0.1))]
-    verdict = psnr_verdict(ablation(baseline, other))
-    assert verdict.kind == "same" and "higher by 0.05 dB, within the spread over seeds" in verdict.text
-    assert verdict.text.endswith("no difference shown.")
-    assert psnr_verdict(ablation(baseline, copy.deepcopy(baseline))).kind == "same"
-
-
-def test_two_seeds_that_agree_by_chance_are_not_enough():
-    verdict = psnr_verdict(ablation([run(0), run(1)], [run(0, 0.2), run(1, 0.3)]))
-    assert verdict.kind == "same"  # 0.25 +- 12.7 * 0.07 / sqrt(2)
+    said = verdict(ablation(baseline, other))
+    assert "higher by 0.05 dB, within the spread over seeds" in said and said.endswith("no difference shown.")
+    assert verdict(ablation(baseline, copy.deepcopy(baseline))) == "repa equal (3 seeds, paired): no difference shown."
+    two = verdict(ablation([run(0), run(1)], [run(0, 0.2), run(1, 0.3)]))
+    assert two.endswith("no difference shown.") and "-0.39 to +0.89" in two  # 0.25 +- 12.706 * 0.0707 / sqrt(2)
 
 
 def test_difference_is_paired_where_seeds_are_shared():
-    first, arm = {0: 1.0, 1: 5.0, 2: 9.0}, {0: 1.5, 1: 5.7, 2: 9.6}
-    paired = ablation_report.difference(first, arm)
-    assert (paired.mean, paired.std) == (pytest.approx(0.6), pytest.approx(0.1))
-    assert paired.margin == pytest.approx(4.303 * 0.1 / 3**0.5)
-    apart = ablation_report.difference(first, {seed + 10: value for seed, value in arm.items()})
-    assert apart.mean == pytest.approx(0.6) and apart.margin > 10
-    assert ablation_report.difference(first, {}) is None
+    first, second = (1.0, 5.0, 9.0), (1.5, 5.7, 9.6)
+    baseline = [run(seed, shift) for seed, shift in enumerate(first)]
+    paired = ablation(baseline, [run(seed, shift) for seed, shift in enumerate(second)])
+    assert "higher by 0.60 dB" in verdict(paired) and "+0.60 ± 0.10" in verdict(paired, "PSNR, 16 tokens [dB]")
+    assert "+0.35 to +0.85; 3 seeds, paired" in verdict(paired)  # 0.6 +- 4.303 * 0.1 / sqrt(3)
+    apart = verdict(ablation(baseline, [run(seed, shift) for seed, shift in enumerate(second, 10)]))
+    assert "-13.54 to +14.74; 3 and 3 other seeds" in apart  # 0.6 +- 4.303 * sqrt((4 ** 2 + 4.051 ** 2) / 3)
 
 
 def test_one_seed_never_says_better():
     given = ablation([run()], [run(0, 0.1)])
-    verdict = psnr_verdict(given)
-    assert verdict.kind == "same" and "one seed" in verdict.text and "intervals over images overlap" in verdict.text
-    verdict = psnr_verdict(ablation([run()], [run(0, 5.0)]))
-    assert verdict.kind == "open" and "another seed may not show it" in verdict.text
-    assert psnr_verdict(ablation([run()], [run(0, 5.0)]), "rFID, 16 tokens").kind == "open"
+    assert "with one seed" in verdict(given) and "intervals over images overlap: no difference shown." in verdict(given)
+    far = ablation([run()], [run(0, 5.0)])
+    assert "do not overlap: these two models differ, but another seed may not show it." in verdict(far)
+    assert "without a confidence over images: it may be chance" in verdict(far, "rFID, 16 tokens: ")
+    assert "differs, but not shown beyond one seed in" in ablation_report.console_table(far)
     for text in (ablation_report.console_table(given), ablation_report.markdown_table(given)):
         assert "no spread over seeds" in text and "±" not in text
 
 
-def test_a_curve_ends_with_its_last_validation_or_the_mean_of_its_last_tenth():
-    values = [1.0] * 18 + [0.25, 0.75]
-    curves = {"step": list(range(20)), "train/flow_loss": values, "val/flow_loss": [[5, 0.5], [19, 0.375], [20, None]]}
-    assert ablation_report.final_value({"curves": curves}, "train/flow_loss").value == 0.5
-    assert ablation_report.final_value({"curves": curves}, "val/flow_loss").value == 0.375
-
-
-def test_a_loss_that_no_arm_has_is_not_drawn():
-    curves = {"step": [1, 2], "train/flow_loss": [1.0, 0.5], "train/repa_loss": [None, None], "val/repa_loss": []}
-    given = ablation([run(curves=curves)], [run(curves=curves)])
-    assert ablation_report.curve_keys(given) == ["train/flow_loss"]
+def test_a_curve_ends_with_its_last_validation_or_the_mean_of_its_last_tenth(tmp_path):
+    curves = {"step": list(range(20)), "train/flow_loss": [1.0] * 18 + [0.25, 0.75], "train/repa_loss": [None] * 20,
+              "val/flow_loss": [[5, 0.5], [19, 0.375], [20, None]], "val/repa_loss": []}  # fmt: skip
+    page = ablation_page_of(ablation([run(curves=curves)], [run()]), tmp_path)
+    assert "flow loss, training (mean of the last tenth) ↓ 0.5000 " in page.text
+    assert "flow loss, validation (last) ↓ 0.3750 " in page.text
+    assert not page.plots & {"train_repa_loss", "val_repa_loss"} and "REPA loss" not in page.text  # no arm has it
 
 
 def test_pictures_of_arms_say_whether_they_show_the_same_images(tmp_path):
     save_grids(tmp_path)
     ranked = ablation([run()], [run()])
     fixed = ablation([run(grids={"first": "grids/best.png"})], [run(grids={"first": "grids/worst.png"})])
-    texts = [read(ablation_report.write_ablation_report(given, tmp_path)).text for given in (ranked, fixed)]
+    texts = [ablation_page_of(given, tmp_path).text for given in (ranked, fixed)]
     assert "arms may show other images" in texts[0] and "The same images and noise" not in texts[0]
     assert "The same images and noise in every arm." in texts[1]
 
@@ -315,7 +349,7 @@ def test_what_one_arm_lacks_is_said():
     bare = run(results={**results(), "reconstruction": {}, "probes": None}, curves={}, grids={})
     del bare["results"]["grids"]
     given = ablation([run()], [bare])
-    assert psnr_verdict(given).text == "repa not compared: no value for repa."
+    assert verdict(given) == "repa not compared: no value for repa."
     console = ablation_report.console_table(given)
     for said in ("curves: not recorded", "pictures: not recorded", "reconstruction metrics: not computed"):
         assert f"{said} [repa, seed 0]" in console, said
@@ -324,20 +358,19 @@ def test_what_one_arm_lacks_is_said():
 def test_ablation_page_holds_the_numbers(tmp_path):
     save_grids(tmp_path, ["best"])
     given = ablation([run(0), run(1, 0.2)], [run(0, 1.0), run(1, 1.2)])
-    path = ablation_report.write_ablation_report(given, tmp_path)
-    page, console = read(path), ablation_report.console_table(given)
-    markdown = ablation_report.markdown_table(given)
+    for one in given["arms"][0]["runs"]:
+        one["results"]["reconstruction"]["vae"]["psnr"] = measure(100.0)
+    page, console = ablation_page_of(given, tmp_path), ablation_report.console_table(given)
     for number in ("22.97 ± 0.14", "23.97 ± 0.14", "+1.00 ± 0.00", "0.3010 ± 0.0014", "82.6 ± 0.0"):
-        for text in (page.text, console, markdown):
+        for text in (page.text, console, ablation_report.markdown_table(given)):
             assert number in text, number
     for said in ("use_repa=true, repa_layers=[1, 5]", "2.00 GB", "1.00x", "1 min 40 s ± 0.7 s", "short runs",
-                 "all runs", "17.13 ± 0.14", "Two seeds show only very large differences"):  # fmt: skip
-        assert said in page.text or said in console, said
-    assert "17.13 ± 0.14" in page.text  # counts between the fewest and the most
+                 "too few images: 40 [all runs]", "Two seeds show only very large differences"):  # fmt: skip
+        assert said in page.text and said in console, said
+    assert "17.13 ± 0.14" in page.text and "lossless" in page.text  # counts between the ends, and the VAE
     assert page.text.count("seed 0") >= 2 and all(source.startswith("data:") for source in page.sources)
-    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {
-        "train_flow_loss", "val_flow_loss", "psnr", "rfid", "cknna"
-    }  # fmt: skip
+    expected = {"train_flow_loss", "val_flow_loss", "psnr", "rfid", "cknna", "used", "entropy_bits"}
+    assert page.plots == expected and page.tags.count("svg") == 7
 
 
 def test_markdown_is_a_table_whatever_the_names():
@@ -352,9 +385,10 @@ def test_ablation_of_almost_nothing(tmp_path):
     nan = run(1, curves={"step": [1], "train/flow_loss": [math.nan], "val/flow_loss": []})
     for i, given in enumerate((ablation([empty], []), ablation([nan], [empty]), ablation([run()], [run()]))):
         given["arms"] = given["arms"][: 1 if i == 2 else 2]
-        page = read(ablation_report.write_ablation_report(json.loads(json.dumps(given)), tmp_path / str(i)))
+        page = ablation_page_of(json.loads(json.dumps(given)), tmp_path / str(i))
         assert not re.search(r"\b(nan|None)\b", page.text + ablation_report.console_table(given))
-    assert "repa: no runs" in read(tmp_path / "0" / "report.html").text
+        assert i or "repa: no runs" in page.text
+        assert ablation_report.markdown_table(given).startswith("| metric | baseline |")
 
 
 @pytest.mark.parametrize(

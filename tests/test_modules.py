@@ -10,7 +10,6 @@ from helpers import make_draws, make_images, make_noise, randomise, tiny_model
 from torch import nn
 
 from flextok.flow_matching.noise_modules import MinRFNoiseModule
-from flextok.model.layers.adaln import gate, per_subsequence, scale_and_shift
 from flextok.model.layers.norm import Fp32LayerNorm
 from flextok.model.postprocessors.heads import LinearHead, ToPatchesLinearHead
 from flextok.model.postprocessors.seq_unpacking import SequenceUnpacker
@@ -28,6 +27,7 @@ from flextok.regularizers.quantize_fsq import FSQ
 from flextok.utils.random import RANDOM_KEY, BatchRandom
 
 LEVELS = (8, 8, 8, 5, 5, 5)
+HALF_WIDTHS = torch.tensor([4, 4, 4, 2, 2, 2])
 
 
 def assert_uniform(u):
@@ -44,6 +44,13 @@ def assert_frequency(hits, p):
     assert abs(hits.mean().item() - p) < 5 * math.sqrt(p * (1 - p) / len(hits)) + 1e-12
 
 
+def assert_shares(drawn, shares):
+    """Only the keys of `shares` are drawn, each as often as it says."""
+    assert sorted(set(drawn.tolist())) == sorted(shares)
+    for value, share in shares.items():
+        assert_frequency(drawn == value, share)
+
+
 # Positional embeddings
 
 
@@ -51,44 +58,21 @@ def test_sincos_table_follows_its_formula():
     dim, height, width = 24, 3, 5
     table = PositionalEmbedding(dim, [height, width], "sincos").posembs
     assert table.shape == (1, dim, height, width) and not table.requires_grad
-    for r in range(height):
-        for c in range(width):
-            for k in range(dim // 4):
-                w = 10_000 ** (-k / (dim / 4))
-                expected = [math.sin(r * w), math.cos(r * w), math.sin(c * w), math.cos(c * w)]
-                channels = [k + part * dim // 4 for part in range(4)]
-                assert table[0, channels, r, c].tolist() == pytest.approx(expected, abs=1e-6)
+    for r, c, k in np.ndindex(height, width, dim // 4):
+        w = 10_000 ** (-k / (dim / 4))
+        expected = [math.sin(r * w), math.cos(r * w), math.sin(c * w), math.cos(c * w)]
+        assert table[0, k :: dim // 4, r, c].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("posemb_type", ["learnable_sum", "learnable_prod"])
-def test_learned_table_of_a_grid_joins_rows_and_columns(posemb_type):
+def test_learned_tables_of_rows_and_columns_are_joined(posemb_type):
     module = randomise(PositionalEmbedding(6, [3, 5], posemb_type))
     assert module.posembs.shape == (2, 1, 6, 5) and module.posembs.requires_grad
     table = module((3, 5))
     assert table.shape == (1, 3, 5, 6)
-    for r in range(3):
-        for c in range(5):
-            row, column = module.posembs[0, 0, :, r], module.posembs[1, 0, :, c]
-            expected = row + column if posemb_type == "learnable_sum" else row * column
-            assert torch.equal(table[0, r, c], expected)
-
-
-def test_learned_table_of_a_sequence_is_the_parameter():
-    module = randomise(PositionalEmbedding(6, [7], "learnable_sum"))
-    assert module.posembs.shape == (1, 1, 6, 7)
-    assert torch.equal(module((4,)), module.posembs[0, :, :, :4].transpose(1, 2))
-
-
-@pytest.mark.parametrize("posemb_type", ["sincos", "learnable_sum", "learnable_prod"])
-def test_absolute_scaling_takes_the_first_rows_and_columns(posemb_type):
-    module = randomise(PositionalEmbedding(8, [4, 6], posemb_type, "absolute"))
-    assert torch.equal(module((2, 5)), module((4, 6))[:, :2, :5])
-
-
-@pytest.mark.parametrize("sizes", [(5, 4), (4, 7)])
-def test_absolute_scaling_refuses_more_positions_than_it_has(sizes):
-    with pytest.raises(ValueError, match=r"\[4, 6\].*\[[54], [47]\]"):
-        PositionalEmbedding(8, [4, 6], "sincos")(sizes)
+    for r, c in np.ndindex(3, 5):
+        row, column = module.posembs[0, 0, :, r], module.posembs[1, 0, :, c]
+        assert torch.equal(table[0, r, c], row + column if posemb_type == "learnable_sum" else row * column)
 
 
 def interpolate_axis(table, size):
@@ -100,25 +84,33 @@ def interpolate_axis(table, size):
 
 
 @pytest.mark.parametrize("posemb_type", ["sincos", "learnable_sum", "learnable_prod"])
-@pytest.mark.parametrize("sizes", [(7, 3), (4, 9), (2, 2)])
-def test_interpolation_resizes_a_grid_bilinearly_with_aligned_corners(posemb_type, sizes):
-    module = randomise(PositionalEmbedding(8, [4, 6], posemb_type, "interpolate"))
-    table = module((4, 6))[0].detach().double().numpy()
-    expected = interpolate_axis(interpolate_axis(table, sizes[0]).swapaxes(0, 1), sizes[1]).swapaxes(0, 1)
-    np.testing.assert_allclose(module(sizes)[0].detach().numpy(), expected, atol=1e-5)
+def test_a_grid_is_cropped_or_resized_bilinearly_with_aligned_corners(posemb_type):
+    absolute = randomise(PositionalEmbedding(8, [4, 6], posemb_type, "absolute"))
+    assert torch.equal(absolute((2, 5)), absolute((4, 6))[:, :2, :5])
+    for sizes in ((5, 4), (4, 7)):
+        with pytest.raises(ValueError, match=r"\[4, 6\].*\[[54], [47]\]"):
+            absolute(sizes)
+    resized = randomise(PositionalEmbedding(8, [4, 6], posemb_type, "interpolate"))
+    table = resized((4, 6))[0].detach().double().numpy()
+    for height, width in ((7, 3), (4, 9), (2, 2)):
+        expected = interpolate_axis(interpolate_axis(table, height).swapaxes(0, 1), width).swapaxes(0, 1)
+        np.testing.assert_allclose(resized((height, width))[0].detach().numpy(), expected, atol=1e-5)
 
 
-def test_interpolation_resizes_a_sequence_linearly_with_aligned_ends():
-    module = randomise(PositionalEmbedding(8, [6], "learnable_sum", "interpolate"))
-    expected = interpolate_axis(module((6,))[0].detach().double().numpy(), 9)
-    np.testing.assert_allclose(module((9,))[0].detach().numpy(), expected, atol=1e-5)
+def test_a_sequence_is_cropped_or_resized_linearly_with_aligned_ends():
+    absolute = randomise(PositionalEmbedding(6, [7], "learnable_sum"))
+    assert absolute.posembs.shape == (1, 1, 6, 7)
+    assert torch.equal(absolute((4,)), absolute.posembs[0, :, :, :4].transpose(1, 2))
+    resized = randomise(PositionalEmbedding(8, [6], "learnable_sum", "interpolate"))
+    expected = interpolate_axis(resized((6,))[0].detach().double().numpy(), 9)
+    np.testing.assert_allclose(resized((9,))[0].detach().numpy(), expected, atol=1e-5)
 
 
 def test_posemb_adder_adds_to_each_image_and_keeps_the_table():
     module = randomise(PositionalEmbeddingAdder("x", "y", 8, [4, 6], "learnable_sum", posemb_write_key="table"))
     x = make_noise(3, 2, 5, 8)
     data_dict = module({"x": x})
-    assert data_dict["table"].shape == (1, 2, 5, 8)
+    assert torch.equal(data_dict["table"], PositionalEmbedding.forward(module, (2, 5)))
     for i in range(3):
         assert torch.equal(data_dict["y"][i], x[i] + data_dict["table"][0])
 
@@ -126,16 +118,19 @@ def test_posemb_adder_adds_to_each_image_and_keeps_the_table():
 # Patches
 
 
-def test_patch_vectors_are_in_the_order_row_column_channel():
+def test_patch_vectors_are_in_the_order_row_column_channel_there_and_back():
     p1, p2, channels = 2, 3, 4
     x = make_noise(2, 6, 9, channels)
-    module = PatchEmbedder("x", "patches", "n", [p1, p2], channels)
-    data_dict = module({"x": x})
+    data_dict = PatchEmbedder("x", "patches", "n", [p1, p2], channels)({"x": x})
     assert data_dict["patches"].shape == (2, 3, 3, p1 * p2 * channels)
     assert tuple(data_dict["n"]) == (3, 3)
     for i, j, a, b, c in np.ndindex(3, 3, p1, p2, channels):
         index = (a * p2 + b) * channels + c
         assert torch.equal(data_dict["patches"][:, i, j, index], x[:, i * p1 + a, j * p2 + b, c])
+    dim = p1 * p2 * channels
+    head = ToPatchesLinearHead("patches", "y", dim, channels, [p1, p2], norm_layer=nn.Identity, proj_bias=False)
+    head.proj.weight.data = torch.eye(dim)
+    assert torch.equal(head(data_dict)["y"], x)
 
 
 def test_patch_projection_is_a_linear_layer_on_patch_vectors():
@@ -143,20 +138,7 @@ def test_patch_projection_is_a_linear_layer_on_patch_vectors():
     module = randomise(PatchEmbedder("x", "patches", "n", [2, 2], 3, dim=5, flatten_patches=True))
     plain = PatchEmbedder("x", "patches", "n", [2, 2], 3, flatten_patches=True)({"x": x})["patches"]
     assert plain.shape == (2, 6, 12)
-    expected = plain @ module.patch_proj.weight.T + module.patch_proj.bias
-    torch.testing.assert_close(module({"x": x})["patches"], expected)
-
-
-def test_patch_head_puts_vectors_back_in_the_order_row_column_channel():
-    p1, p2, channels = 2, 3, 4
-    dim = p1 * p2 * channels
-    head = ToPatchesLinearHead("patches", "x", dim, channels, [p1, p2], norm_layer=nn.Identity, proj_bias=False)
-    head.proj.weight.data = torch.eye(dim)
-    patches = make_noise(2, 3, 2, dim)
-    out = head({"patches": patches})["x"]
-    assert out.shape == (2, 6, 6, channels)
-    for i, j, a, b, c in np.ndindex(3, 2, p1, p2, channels):
-        assert torch.equal(out[:, i * p1 + a, j * p2 + b, c], patches[:, i, j, (a * p2 + b) * channels + c])
+    torch.testing.assert_close(module({"x": x})["patches"], F.linear(plain, *module.patch_proj.parameters()))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6, 4), (2, 6, 7, 4), (2, 6, 6, 3), (6, 6, 4)])
@@ -179,38 +161,9 @@ def make_transformer(**more):
 
 def visible(mask_mode, n_first, n_second):
     """Matrix: may token i (row) look at token j (column)?"""
-    n = n_first + n_second
-    matrix = torch.zeros(n, n, dtype=torch.bool)
-    for i in range(n):
-        for j in range(n):
-            if mask_mode == "full":
-                matrix[i, j] = True
-            elif mask_mode == "causal":
-                matrix[i, j] = j <= i
-            else:
-                matrix[i, j] = j < n_first or (i >= n_first and j <= i)
-    return matrix
-
-
-@pytest.mark.parametrize("mask_mode", ["full", "causal", "causal_last"])
-@pytest.mark.parametrize("n_second", [6, 3])
-def test_a_token_changes_exactly_those_that_see_it(mask_mode, n_second):
-    packer, transformer = make_packer(mask_mode), make_transformer()
-    grid, sequence = make_noise(2, 2, 3, 32, seed=1), make_noise(2, n_second, 32, seed=2)
-
-    def run(tokens):
-        return transformer(packer({"a": tokens[:, :6].unflatten(1, (2, 3)), "b": tokens[:, 6:]}))["out"]
-
-    tokens = torch.cat([grid.flatten(1, 2), sequence], dim=1)
-    before = run(tokens)
-    seen = torch.zeros(6 + n_second, 6 + n_second, dtype=torch.bool)
-    for j in range(6 + n_second):
-        perturbed = tokens.clone()
-        perturbed[0, j] *= -1
-        after = run(perturbed)
-        seen[:, j] = ((after - before)[0].abs() > 1e-5).any(dim=1)
-        assert torch.equal(after[1], before[1])  # the other image
-    assert torch.equal(seen, visible(mask_mode, 6, n_second))
+    i, j = np.indices((n_first + n_second,) * 2)
+    matrix = {"full": i >= 0, "causal": j <= i, "causal_last": (j < n_first) | ((i >= n_first) & (j <= i))}
+    return torch.from_numpy(matrix[mask_mode])
 
 
 def reference_transformer(transformer, x, allowed, embedding=None, lengths=None):
@@ -250,61 +203,31 @@ def reference_transformer(transformer, x, allowed, embedding=None, lengths=None)
 
 
 @pytest.mark.parametrize("mask_mode", ["full", "causal", "causal_last"])
-def test_transformer_matches_its_blocks_written_out(mask_mode):
-    transformer = make_transformer()
-    first, second = make_noise(2, 5, 32, seed=1), make_noise(2, 4, 32, seed=2)
-    out = transformer(make_packer(mask_mode)({"a": first, "b": second}))["out"]
-    for i in range(2):
-        x = torch.cat([first[i], second[i]])
-        expected = reference_transformer(transformer, x, visible(mask_mode, 5, 4))[-1]
-        torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("lengths", [(5, 5), (7, 3)], ids=["equal", "unequal"])
-def test_modulated_transformer_matches_its_blocks_written_out(lengths):
-    transformer = make_transformer(
-        adaLN_emb_read_key="emb", adaLN_packing_fn_read_key="lengths", adaLN_expansion=2,
-        intermediate_layer_write_key="layers", intermediate_layers=[0],
-    )  # fmt: skip
-    packer = make_packer("full", emb_packing_fn_write_key="lengths", per_subseq_embs=True)
+@pytest.mark.parametrize("lengths", [(5, 5), (6, 3)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("modulations", [0, 1, 2])
+def test_transformer_matches_its_blocks_written_out(mask_mode, lengths, modulations):
+    adaln = dict(adaLN_emb_read_key="emb", adaLN_packing_fn_read_key="lengths", adaLN_expansion=modulations)
+    layers = dict(intermediate_layer_write_key="layers", intermediate_layers=[0])
+    transformer = make_transformer(**layers, **(adaln if modulations else {}))
+    packer = make_packer(mask_mode, emb_packing_fn_write_key="lengths", per_subseq_embs=modulations == 2)
     first, second = make_noise(2, lengths[0], 32, seed=1), make_noise(2, lengths[1], 32, seed=2)
     embedding = make_noise(2, 32, seed=3)
     data_dict = transformer(packer({"a": first, "b": second, "emb": embedding}))
     for i in range(2):
+        arguments = (embedding[i], lengths if modulations == 2 else (sum(lengths),)) if modulations else ()
         x = torch.cat([first[i], second[i]])
-        allowed = visible("full", *lengths)
-        layers = reference_transformer(transformer, x, allowed, embedding[i], lengths)
-        torch.testing.assert_close(data_dict["out"][i], layers[-1], rtol=1e-4, atol=2e-5)
-        torch.testing.assert_close(data_dict["layers"][i], layers[0], rtol=1e-4, atol=2e-5)
+        expected = reference_transformer(transformer, x, visible(mask_mode, *lengths), *arguments)
+        torch.testing.assert_close(data_dict["layers"][i], expected[0], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(data_dict["out"][i], expected[1], rtol=1e-4, atol=2e-5)
 
 
-def test_one_modulation_for_the_whole_sequence():
-    transformer = make_transformer(adaLN_emb_read_key="emb")
-    x, embedding = make_noise(2, 9, 32), make_noise(2, 32, seed=3)
-    out = transformer({"seq": x, "emb": embedding, "mask": None})["out"]
-    for i in range(2):
-        expected = reference_transformer(transformer, x[i], visible("full", 9, 0), embedding[i], (9,))[-1]
-        torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=2e-5)
-
-
-@pytest.mark.parametrize("fn, n_parts", [(scale_and_shift, 2), (gate, 1)])
-@pytest.mark.parametrize("lengths", [(4, 4, 4), (1, 6, 5)], ids=["equal", "unequal"])
-def test_each_sub_sequence_gets_its_own_modulation(fn, n_parts, lengths):
-    x, parts = make_noise(2, 12, 8), [make_noise(2, 3, 8, seed=10 + i) for i in range(n_parts)]
-    out = per_subsequence(fn, x, parts, lengths)
-    token = 0
-    for part, length in enumerate(lengths):
-        for _ in range(length):
-            values = [p[:, part] for p in parts]
-            expected = x[:, token] * (1 + values[1]) + values[0] if n_parts == 2 else x[:, token] * values[0]
-            assert torch.equal(out[:, token], expected)
-            token += 1
-
-
-def test_modulation_parts_and_sub_sequences_must_agree():
+def test_modulation_parts_embeddings_and_sub_sequences_must_agree():
     transformer = make_transformer(adaLN_emb_read_key="emb", adaLN_packing_fn_read_key="lengths", adaLN_expansion=2)
+    data_dict = {"seq": make_noise(2, 6, 32), "emb": make_noise(2, 32), "lengths": (2, 2, 2), "mask": None}
     with pytest.raises(ValueError, match="adaLN_expansion is 2.*3 sub-sequences"):
-        transformer({"seq": make_noise(1, 6, 32), "emb": make_noise(1, 32), "lengths": (2, 2, 2), "mask": None})
+        transformer(dict(data_dict))
+    with pytest.raises(ValueError, match="embedding is for 3 images.*2"):
+        transformer({**data_dict, "lengths": (3, 3), "emb": make_noise(3, 32)})
 
 
 def test_several_intermediate_layers_are_joined_in_the_listed_order():
@@ -317,31 +240,23 @@ def test_several_intermediate_layers_are_joined_in_the_listed_order():
 
 
 def test_unpacking_inverts_packing():
-    packer = make_packer("full")
     unpacker = SequenceUnpacker("seq", ["a2", "b2"], "inner", "outer")
     grid, sequence = make_noise(2, 2, 3, 8), make_noise(2, 4, 8)
-    data_dict = unpacker(packer({"a": grid, "b": sequence}))
+    data_dict = unpacker(make_packer("full")({"a": grid, "b": sequence}))
     assert torch.equal(data_dict["seq"], torch.cat([grid.flatten(1, 2), sequence], dim=1))
     assert torch.equal(data_dict["a2"], grid) and torch.equal(data_dict["b2"], sequence)
-
-
-def test_sequences_beyond_max_seq_len_are_refused():
     with pytest.raises(ValueError, match="10 tokens.*max_seq_len is 9"):
-        make_packer("full", max_seq_len=9)({"a": make_noise(1, 6, 8), "b": make_noise(1, 4, 8)})
+        make_packer("full", max_seq_len=9)({"a": grid, "b": sequence})
 
 
 @pytest.mark.parametrize("gated, ratio, hidden", [(True, 4.0, 85), (True, 3.3, 70), (False, 3.3, 105)])
-def test_mlp_width(gated, ratio, hidden):
-    mlp = make_transformer(mlp_ratio=ratio, gated_mlp=gated).blocks[0].mlp
+def test_mlp_has_its_width_and_follows_its_formula(gated, ratio, hidden):
+    mlp = make_transformer(mlp_ratio=ratio, gated_mlp=gated, mlp_bias=True).blocks[0].mlp
     assert mlp.fc1.weight.shape == (hidden, 32) and mlp.fc2.weight.shape == (32, hidden)
-    assert hasattr(mlp, "fc3") == gated
-
-
-def test_plain_mlp_follows_its_formula():
-    mlp = make_transformer(gated_mlp=False, mlp_bias=True).blocks[0].mlp
     x = make_noise(2, 5, 32)
-    expected = F.linear(F.silu(F.linear(x, mlp.fc1.weight, mlp.fc1.bias)), mlp.fc2.weight, mlp.fc2.bias)
-    torch.testing.assert_close(mlp(x), expected)
+    inner = F.silu(mlp.fc1(x)) * (mlp.fc3(x) if gated else 1)
+    torch.testing.assert_close(mlp(x), mlp.fc2(inner))
+    assert hasattr(mlp, "fc3") == gated
 
 
 def test_bias_defaults_are_those_of_published_checkpoints():
@@ -401,12 +316,8 @@ def test_dropout_is_a_function_of_the_address():
         torch.testing.assert_close(run(x[i : i + 1], make_draws(6).select([i])), out[i : i + 1], rtol=1e-4, atol=1e-5)
     same = run(x[:1].expand(6, -1, -1), make_draws(6))
     assert len({tuple(row.flatten().tolist()) for row in same}) == 6
-
-
-def test_nothing_is_dropped_in_evaluation():
-    arguments = {"seq": make_noise(3, 5, 32), "mask": None}
-    expected = make_transformer()(dict(arguments))["out"]
-    assert torch.equal(make_transformer(drop=0.5, drop_path_rate=0.5)(dict(arguments))["out"], expected)
+    evaluated = {"seq": x, "mask": None}
+    assert torch.equal(transformer.eval()(dict(evaluated))["out"], make_transformer()(dict(evaluated))["out"])
 
 
 # Time embedding
@@ -422,13 +333,12 @@ def test_time_sinusoids_follow_their_formula(size, max_timestep):
     assert out.dtype == torch.float32
 
 
-@pytest.mark.parametrize("as_list", [False, True])
-def test_time_mlp_is_linear_silu_linear(as_list):
+def test_time_mlp_is_linear_silu_linear():
     module = randomise(TimestepEmbedder("t", "emb", 8, 16))
     t = torch.tensor([0.1, 0.9])
-    hidden = F.linear(module.sinusoids(t), module.mlp[0].weight, module.mlp[0].bias)
-    expected = F.linear(hidden * hidden.sigmoid(), module.mlp[2].weight, module.mlp[2].bias)
-    torch.testing.assert_close(module({"t": t.tolist() if as_list else t})["emb"], expected)
+    expected = module.mlp[2](F.silu(module.mlp[0](module.sinusoids(t))))
+    for given in (t, t.tolist()):
+        torch.testing.assert_close(module({"t": given})["emb"], expected)
 
 
 # Registers
@@ -436,17 +346,6 @@ def test_time_mlp_is_linear_silu_linear(as_list):
 
 def make_registers(**more):
     return randomise(Registers1D("x", "sizes", "registers", 4, **more))
-
-
-def drawn_sizes(module, steps=600):
-    sizes = []
-    for step in range(steps):
-        data_dict = module({"x": make_noise(3, 2, 4), RANDOM_KEY: make_draws(3, step=step)})
-        n = data_dict["registers"].shape[1]
-        assert tuple(data_dict["sizes"]) == (n,)
-        assert torch.equal(data_dict["registers"], module.registers[:n].expand(3, -1, -1))
-        sizes.append(n)
-    return torch.tensor(sizes)
 
 
 @pytest.mark.parametrize("n_eval, expected", [(None, 12), (5, 5)])
@@ -460,7 +359,7 @@ def test_register_count_in_evaluation(n_eval, expected):
 @pytest.mark.parametrize(
     "mode, n_min, allowed",
     [
-        ("uniform", 3, [3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        ("uniform", 3, list(range(3, 13))),
         ("powers_of_two", 1, [1, 2, 4, 8]),
         ("powers_of_two", 3, [4, 8]),
         ("k=1-3-12", 1, [1, 3, 12]),
@@ -468,10 +367,13 @@ def test_register_count_in_evaluation(n_eval, expected):
     ],
 )
 def test_register_counts_in_training_are_drawn_evenly(mode, n_min, allowed):
-    sizes = drawn_sizes(make_registers(n_min=n_min, n_max=12, size_sampling_mode=mode))
-    assert sorted(set(sizes.tolist())) == allowed
-    for n in allowed:
-        assert_frequency(sizes == n, 1 / len(allowed))
+    module, counts = make_registers(n_min=n_min, n_max=12, size_sampling_mode=mode), []
+    for step in range(600):
+        data_dict = module({"x": make_noise(3, 2, 4), RANDOM_KEY: make_draws(3, step=step)})
+        counts.append(data_dict["registers"].shape[1])
+        assert tuple(data_dict["sizes"]) == (counts[-1],)
+        assert torch.equal(data_dict["registers"], module.registers[: counts[-1]].expand(3, -1, -1))
+    assert_shares(torch.tensor(counts), {n: 1 / len(allowed) for n in allowed})
 
 
 @pytest.mark.parametrize("mode", ["k=0-2", "k=13", "k=1,2", "sometimes"])
@@ -483,84 +385,58 @@ def test_register_count_modes_that_cannot_be_drawn_are_refused(mode):
 # Nested dropout and null conditions
 
 
-def uniform_pow2_shares(n):
-    shares = {}
-    for k in range(1, n + 1):
-        power = 1
-        while power < k:
-            power *= 2
-        shares[min(power, n)] = shares.get(min(power, n), 0) + 1 / n
-    return shares
-
-
 @pytest.mark.parametrize(
     "mode, n, shares",
     [
         ("uniform", 12, {k: 1 / 12 for k in range(1, 13)}),
         ("pow2", 16, {k: 1 / 5 for k in (1, 2, 4, 8, 16)}),
         ("pow2", 12, {k: 1 / 4 for k in (1, 2, 4, 8)}),
-        ("uniform_pow2", 16, uniform_pow2_shares(16)),
-        ("uniform_pow2", 12, uniform_pow2_shares(12)),
+        ("uniform_pow2", 16, {1: 1 / 16, 2: 1 / 16, 4: 1 / 8, 8: 1 / 4, 16: 1 / 2}),
+        ("uniform_pow2", 12, {1: 1 / 12, 2: 1 / 12, 4: 1 / 6, 8: 1 / 3, 12: 1 / 3}),
         ("uniform_pow2", 1, {1: 1.0}),
     ],
 )
 def test_kept_tokens_are_drawn_per_image_from_the_named_distribution(mode, n, shares):
     module = MaskedNestedDropout("x", 4, size_sampling_mode=mode)
-    k = module.sample_keep_k(BatchRandom(1, 2, torch.arange(20_000)), n)
-    assert sorted(set(k.tolist())) == sorted(shares)
-    for value, share in shares.items():
-        assert_frequency(k == value, share)
+    assert_shares(module.sample_keep_k(BatchRandom(1, 2, torch.arange(20_000)), n), shares)
 
 
 def masked(x, keep_k, token):
     """Registers from position k on replaced, image by image."""
     out = x.clone()
     for i, k in enumerate(keep_k):
-        for position in range(k, x.shape[1]):
-            out[i, position] = token
+        out[i, k:] = token
     return out
 
 
-def test_nested_dropout_masks_from_the_drawn_position_on():
-    module = randomise(MaskedNestedDropout("x", 4, train_keep_k_write_key="k")).train()
-    x = make_noise(20, 6, 4)
-    data_dict = module({"x": x, RANDOM_KEY: make_draws(20)})
-    assert data_dict["k"].dtype == torch.long and len(set(data_dict["k"].tolist())) > 3
-    assert torch.equal(data_dict["x"], masked(x, data_dict["k"].tolist(), module.dropout_mask_token))
-
-
-@pytest.mark.parametrize("keep_k", [[0, 1, 6], torch.tensor([3, 6, 2])], ids=["list", "tensor"])
-def test_nested_dropout_in_evaluation_follows_the_given_k(keep_k):
-    module = randomise(MaskedNestedDropout("x", 4, eval_keep_k_read_key="k")).eval()
-    x = make_noise(3, 6, 4)
-    assert torch.equal(module({"x": x})["x"], x)
-    assert torch.equal(module({"x": x, "k": keep_k})["x"], masked(x, list(keep_k), module.dropout_mask_token))
+def test_nested_dropout_masks_from_the_drawn_or_given_position_on():
+    module = randomise(MaskedNestedDropout("x", 4, eval_keep_k_read_key="given", train_keep_k_write_key="drawn"))
+    token, x = module.dropout_mask_token.detach(), make_noise(20, 6, 4)
+    data_dict = module({"x": x, RANDOM_KEY: make_draws(20), "given": [6] * 20})
+    assert data_dict["drawn"].dtype == torch.long and len(set(data_dict["drawn"].tolist())) > 3
+    assert torch.equal(data_dict["x"], masked(x, data_dict["drawn"].tolist(), token))
+    module.eval()
+    assert torch.equal(module({"x": x[:3]})["x"], x[:3])
+    for keep_k in ([0, 1, 6], torch.tensor([3, 6, 2])):
+        assert torch.equal(module({"x": x[:3], "given": keep_k})["x"], masked(x[:3], list(keep_k), token))
 
 
 @pytest.mark.parametrize("cls", [LearnedNullCond, ZeroNullCond])
-@pytest.mark.parametrize("flags", [[True, False, True], torch.tensor([True, False, True])], ids=["list", "tensor"])
-def test_null_condition_in_evaluation_replaces_flagged_images(cls, flags):
-    module = LearnedNullCond("x", 4) if cls is LearnedNullCond else ZeroNullCond("x")
-    module = randomise(module).eval()
-    null = module.nullcond if cls is LearnedNullCond else torch.zeros(4)
-    x = make_noise(3, 6, 4)
-    assert torch.equal(module({"x": x})["x"], x)
-    out = module({"x": x, "eval_dropout_mask": flags})["x"]
-    assert torch.equal(out, torch.stack([null.expand(6, 4), x[1], null.expand(6, 4)]))
-
-
-@pytest.mark.parametrize("p", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("cls", [LearnedNullCond, ZeroNullCond])
-def test_null_condition_drops_whole_images_with_its_probability(cls, p):
-    module = LearnedNullCond("x", 4, dropout_prob=p) if cls is LearnedNullCond else ZeroNullCond("x", dropout_prob=p)
-    module = randomise(module).train()
-    null = module.nullcond if cls is LearnedNullCond else torch.zeros(4)
-    x = make_noise(4000, 2, 4)
-    out = module({"x": x, RANDOM_KEY: make_draws(4000), "eval_dropout_mask": [True] * 4000})["x"]
-    dropped = (out == null).all(-1)
-    assert torch.equal(dropped[:, 0], dropped[:, 1])
-    assert torch.equal(out[~dropped], x[~dropped])
-    assert_frequency(dropped[:, 0], p)
+def test_null_condition_drops_whole_images_by_its_probability_or_flags(cls):
+    x, flags = make_noise(4000, 2, 4), [True, False] * 2000
+    for p in (0.0, 0.2, 1.0):
+        module = cls("x", dim=4, dropout_prob=p) if cls is LearnedNullCond else cls("x", dropout_prob=p)
+        module = randomise(module)
+        null = module.nullcond.detach() if cls is LearnedNullCond else torch.zeros(4)
+        out = module({"x": x, RANDOM_KEY: make_draws(4000), "eval_dropout_mask": flags})["x"]
+        dropped = (out == null).flatten(1).all(1)
+        assert torch.equal(out, torch.where(dropped[:, None, None], null, x))
+        assert_frequency(dropped, p)
+        module.eval()
+        assert torch.equal(module({"x": x})["x"], x)
+        for given in (flags, torch.tensor(flags)):
+            out = module({"x": x, "eval_dropout_mask": given})["x"]
+            assert torch.equal(out[1::2], x[1::2]) and torch.equal(out[::2], null.expand(2000, 2, 4))
 
 
 @pytest.mark.parametrize("null_condition_prob", [0.0, 1.0])
@@ -580,10 +456,16 @@ def make_fsq(levels=LEVELS, **more):
     return FSQ("z", "quants", "tokens", levels, **more)
 
 
+def bounds():
+    """Half width and offset of the range of each channel, before rounding."""
+    level = torch.tensor(LEVELS)
+    return (level - 1) * 1.001 / 2, torch.where(level % 2 == 0, 0.5, 0.0)
+
+
 def fsq_reference(z, levels):
     """Token and quantised value of one vector, in float64."""
     token, basis, quants = 0, 1, []
-    for value, level in zip(z, levels):
+    for value, level in zip(z, levels, strict=True):
         half = (level - 1) * 1.001 / 2
         offset = 0.5 if level % 2 == 0 else 0.0
         code = round(math.tanh(value + math.atanh(offset / half)) * half - offset)
@@ -604,29 +486,26 @@ def test_fsq_follows_its_formula(levels):
     torch.testing.assert_close(data_dict["quants"], quants, rtol=0, atol=1e-6)
 
 
-def test_all_64000_codes_round_trip():
-    fsq = make_fsq()
-    tokens = torch.arange(64_000)
-    assert fsq.codebook_size == 64_000
-    quants = fsq.indices_to_embedding(tokens)
-    assert torch.equal(fsq.codes_to_indices(quants * torch.tensor([4, 4, 4, 2, 2, 2])), tokens)
-    assert len(quants.unique(dim=0)) == 64_000
+@pytest.fixture(scope="module")
+def codebook():
+    """All codes of the published levels: quantised values [64000, 6] and integer codes."""
+    quants = make_fsq().indices_to_embedding(torch.arange(64_000))
+    return quants, quants * HALF_WIDTHS
+
+
+def test_all_64000_codes_round_trip_and_latents_behind_each_are_quantised_to_it(codebook):
+    fsq, tokens, (quants, codes) = make_fsq(), torch.arange(64_000), codebook
+    assert fsq.codebook_size == 64_000 and len(quants.unique(dim=0)) == 64_000
+    assert torch.equal(fsq.codes_to_indices(codes), tokens)
     digits, rest = [], tokens.numpy()
     for level in LEVELS:
         digits.append((rest % level - level // 2) / (level // 2))
         rest = rest // level
     np.testing.assert_array_equal(quants.numpy(), np.stack(digits, axis=1).astype(np.float32))
-
-
-def test_latents_behind_each_code_are_quantised_to_it():
-    fsq = make_fsq().eval()
-    codes = fsq.indices_to_embedding(torch.arange(64_000)) * torch.tensor([4, 4, 4, 2, 2, 2])
-    level = torch.tensor(LEVELS)
-    half, offset = (level - 1) * 1.001 / 2, torch.where(level % 2 == 0, 0.5, 0.0)
+    half, offset = bounds()
     z = ((codes + offset) / half).double().atanh() - (offset / half).double().atanh()
     data_dict = fsq({"z": z.float()[None]})
-    assert torch.equal(data_dict["tokens"][0], torch.arange(64_000))
-    assert torch.equal(data_dict["quants"][0], fsq.indices_to_embedding(torch.arange(64_000)))
+    assert torch.equal(data_dict["tokens"][0], tokens) and torch.equal(data_dict["quants"][0], quants)
 
 
 @pytest.mark.parametrize("level", [2, 3, 4, 5, 8, 16])
@@ -641,10 +520,9 @@ def test_gradient_passes_straight_through_the_rounding():
     z = make_noise(2, 5, 6).requires_grad_()
     weights = make_noise(2, 5, 6, seed=9)
     (make_fsq()({"z": z})["quants"] * weights).sum().backward()
-    level = torch.tensor(LEVELS)
-    half, offset = (level - 1) * 1.001 / 2, torch.where(level % 2 == 0, 0.5, 0.0)
+    half, offset = bounds()
     slope = 1 - (z.detach() + (offset / half).atanh()).tanh() ** 2
-    torch.testing.assert_close(z.grad, weights * slope * half / (level // 2))
+    torch.testing.assert_close(z.grad, weights * slope * half / HALF_WIDTHS)
 
 
 def test_unquantised_images_keep_their_bounded_latents_and_tokens():
@@ -655,7 +533,7 @@ def test_unquantised_images_keep_their_bounded_latents_and_tokens():
     changed = (out["quants"] != plain["quants"]).flatten(1).any(1)
     assert_frequency(changed, 0.3)
     assert torch.equal(out["tokens"], plain["tokens"])
-    torch.testing.assert_close(out["quants"][changed], (fsq.bound(z) / torch.tensor([4, 4, 4, 2, 2, 2]))[changed])
+    torch.testing.assert_close(out["quants"][changed], (fsq.bound(z) / HALF_WIDTHS)[changed])
     assert torch.equal(fsq.eval()({"z": z})["quants"], plain["quants"])
 
 
@@ -677,33 +555,21 @@ def test_corruption_replaces_codes_of_some_images_at_rates_drawn_per_image():
     torch.testing.assert_close(out["quants"], fsq.indices_to_embedding(out["tokens"]))
 
 
-@pytest.mark.parametrize("options", [dict(corrupt_tokens_p=0.5), dict(apply_corrupt_tokens_p=1.0)])
-def test_corruption_needs_both_probabilities(options):
+def test_fsq_training_options_need_training_and_both_probabilities():
     z = make_noise(50, 20, 6)
-    out = make_fsq(**options).train()({"z": z, RANDOM_KEY: make_draws(50)})
-    assert torch.equal(out["tokens"], make_fsq().eval()({"z": z})["tokens"])
-
-
-def test_fsq_training_options_do_nothing_in_evaluation():
-    z = make_noise(50, 20, 6)
+    plain = make_fsq().eval()({"z": z})
+    for options in (dict(corrupt_tokens_p=0.5), dict(apply_corrupt_tokens_p=1.0)):
+        out = make_fsq(**options)({"z": z, RANDOM_KEY: make_draws(50)})
+        assert torch.equal(out["tokens"], plain["tokens"])
     fsq = make_fsq(drop_quant_p=1.0, corrupt_tokens_p=1.0, apply_corrupt_tokens_p=1.0).eval()
-    assert torch.equal(fsq({"z": z})["quants"], make_fsq().eval()({"z": z})["quants"])
+    assert torch.equal(fsq({"z": z})["quants"], plain["quants"])
+    assert fsq.state_dict() == {} and list(fsq.parameters()) == []
 
 
-def test_fsq_has_nothing_in_its_state_dict():
-    assert make_fsq().state_dict() == {}
-    assert list(make_fsq().parameters()) == []
-
-
-@pytest.mark.parametrize(
-    "options", [dict(levels=(8, 1)), dict(levels=()), dict(drop_quant_p=1.5), dict(corrupt_tokens_p=-0.1)]
-)
-def test_fsq_refuses_impossible_settings(options):
-    with pytest.raises(ValueError):
-        make_fsq(**options)
-
-
-def test_latents_of_another_width_are_refused_with_both_numbers():
+def test_fsq_refuses_impossible_settings_and_latents_of_another_width():
+    for options in (dict(levels=(8, 1)), dict(levels=()), dict(drop_quant_p=1.5), dict(corrupt_tokens_p=-0.1)):
+        with pytest.raises(ValueError):
+            make_fsq(**options)
     with pytest.raises(ValueError, match="5 channels.*levels has 6"):
         make_fsq()({"z": make_noise(1, 4, 5)})
 
@@ -721,14 +587,12 @@ def normal_cdf_of_logit(sigmas):
     return (1 + torch.erf((sigmas / (1 - sigmas)).log() / math.sqrt(2))) / 2
 
 
-def test_sigmas_are_uniform():
+def test_sigmas_are_uniform_or_logit_normal():
     sigmas = draw_sigmas()
     assert_uniform(sigmas)
     assert 0 < sigmas.min() and sigmas.max() < 1
-
-
-def test_sigmas_are_logit_normal():
     assert_uniform(normal_cdf_of_logit(draw_sigmas(ln=True)))
+    assert draw_sigmas(mode_scale=1.0).std() < sigmas.std() - 0.02  # a positive mode scale favours the middle
 
 
 @pytest.mark.parametrize("s", [0.25, 1.29, -0.5])
@@ -739,10 +603,6 @@ def test_mode_scaled_sigmas_follow_the_inverse_of_their_formula(s):
     assert (np.diff(formula) < 0).all()
     assert_uniform(torch.from_numpy(np.interp(sigmas.numpy(), formula[::-1], u[::-1])))
     assert 0 < sigmas.min() and sigmas.max() < 1
-
-
-def test_a_positive_mode_scale_favours_the_middle():
-    assert draw_sigmas(mode_scale=1.0).std() < draw_sigmas().std() - 0.02
 
 
 @pytest.mark.parametrize("ln", [False, True])
@@ -762,52 +622,36 @@ def test_sigmas_stay_inside_the_open_interval(monkeypatch, options, u):
     assert sigma.dtype == torch.float32 and 0 < sigma.item() < 1
 
 
-def test_noised_latents_mix_noise_and_clean_by_sigma():
-    clean = make_noise(6, 3, 4, 5)
-    out = MinRFNoiseModule("clean", "noised", mode_scale=0.25)({"clean": clean, RANDOM_KEY: make_draws(6)})
-    assert out["sigmas"].dtype == torch.float32 and torch.equal(out["timesteps"], out["sigmas"])
-    assert len(set(out["sigmas"].tolist())) == 6
-    for i in range(6):
-        sigma = out["sigmas"][i].item()
-        torch.testing.assert_close(out["noised"][i], sigma * out["flow_noise"][i] + (1 - sigma) * clean[i])
-
-
-def test_drawn_noise_is_standard_normal_and_differs_between_images():
-    data_dict = {"clean": torch.zeros(50, 4, 16, 16), RANDOM_KEY: make_draws(50)}
-    noise = MinRFNoiseModule("clean", "noised")(data_dict)["flow_noise"]
-    assert noise.mean().item() == pytest.approx(0, abs=0.025)
-    assert noise.std().item() == pytest.approx(1, abs=0.02)
-    assert len({row.sum().item() for row in noise}) == 50
-
-
-def test_given_noise_is_used():
-    module = MinRFNoiseModule("clean", "noised", noise_read_key="given", noise_write_key="kept")
-    given = make_noise(2, 3, 4, 4)
-    out = module({"clean": torch.zeros(2, 3, 4, 4), "given": given, RANDOM_KEY: make_draws(2)})
-    assert torch.equal(out["kept"], given)
-    torch.testing.assert_close(out["noised"], given * out["sigmas"].view(2, 1, 1, 1))
+def test_noised_latents_mix_clean_latents_and_noise_that_is_drawn_or_given():
+    clean = make_noise(50, 4, 16, 16)
+    module = MinRFNoiseModule("clean", "noised", mode_scale=0.25, noise_read_key="given")
+    for given in (None, make_noise(50, 4, 16, 16, seed=9)):
+        out = module({"clean": clean, "given": given, RANDOM_KEY: make_draws(50)})
+        assert out["sigmas"].dtype == torch.float32 and torch.equal(out["timesteps"], out["sigmas"])
+        assert len(set(out["sigmas"].tolist())) == 50
+        noise, sigma = out["flow_noise"], out["sigmas"][:, None, None, None]
+        torch.testing.assert_close(out["noised"], sigma * noise + (1 - sigma) * clean)
+        assert noise.mean().item() == pytest.approx(0, abs=0.025)
+        assert noise.std().item() == pytest.approx(1, abs=0.02)
+        assert len({row.sum().item() for row in noise}) == 50
+        assert given is None or torch.equal(noise, given)
 
 
 # Heads, precision, initialisation, small operations
 
 
-def test_linear_head_norms_then_projects():
-    head = randomise(LinearHead("x", "y", 8, 3))
-    x = make_noise(2, 5, 8) * 3 + 1
-    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(head({"x": x})["y"], normed @ head.proj.weight.T + head.proj.bias)
-
-
 @pytest.mark.parametrize("shape", [(2, 5), (2, 3, 4)])
-def test_modulated_head_shifts_and_scales_per_image(shape):
-    head = randomise(LinearHead("x", "y", 8, 3, adaLN_emb_read_key="emb"))
-    x, embedding = make_noise(*shape, 8), make_noise(2, 8, seed=3)
-    linear = head.adaLN_modulation[1]
-    modulation = F.linear(F.silu(embedding), linear.weight, linear.bias)
+@pytest.mark.parametrize("modulated", [False, True])
+def test_linear_head_norms_modulates_per_image_and_projects(shape, modulated):
+    head = randomise(LinearHead("x", "y", 8, 3, adaLN_emb_read_key="emb" if modulated else None))
+    x, embedding = make_noise(*shape, 8) * 3 + 1, make_noise(2, 8, seed=3)
+    shift, scale = torch.zeros(2, 2, 8)
+    if modulated:
+        shift, scale = head.adaLN_modulation[1](F.silu(embedding)).chunk(2, dim=1)
     out = head({"x": x, "emb": embedding})["y"]
     for i in range(2):
-        normed = F.layer_norm(x[i], (8,)) * (1 + modulation[i, 8:]) + modulation[i, :8]
-        torch.testing.assert_close(out[i], F.linear(normed, head.proj.weight, head.proj.bias))
+        normed = (x[i] - x[i].mean(-1, keepdim=True)) / (x[i].var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        torch.testing.assert_close(out[i], head.proj(normed * (1 + scale[i]) + shift[i]))
 
 
 @pytest.mark.parametrize(
@@ -828,11 +672,8 @@ def test_dtype_override_decides_over_autocast(make):
     assert overridden.dtype == torch.float32 and torch.equal(overridden, expected)
     assert followed.dtype == torch.bfloat16
     assert randomise(make("bf16"))(dict(data_dict))["y"].dtype == torch.bfloat16
-
-
-def test_unknown_dtype_override_is_refused():
     with pytest.raises(ValueError, match="dtype_override is 'half-ish'"):
-        LinearLayer("x", "y", 8, 8, dtype_override="half-ish")
+        make("half-ish")
 
 
 def test_initialisation_of_linear_layers_by_style():

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from PIL import Image
 from parallel_runs import RUNS, STEPS, train_briefly
+from PIL import Image
 from tiny_runs import make_trainer, read_latest, read_metrics, settings
 
 from flextok.benchmark.processes import free_port
@@ -22,7 +22,7 @@ from flextok.utils.config import ConfigError
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
-EQUAL = [name for name in RUNS if not name.startswith("no exchange")]
+EQUAL = [name for name in RUNS if not name.startswith("not reduced")]
 
 
 def torchrun(*arguments, nodes=("--standalone", "--nproc-per-node", "2"), **options) -> subprocess.Popen:
@@ -35,7 +35,7 @@ def torchrun(*arguments, nodes=("--standalone", "--nproc-per-node", "2"), **opti
     )  # fmt: skip
 
 
-def finished(process: subprocess.Popen, timeout: float = 240) -> str:
+def finished(process: subprocess.Popen, timeout: float = 600) -> str:
     try:
         return process.communicate(timeout=timeout)[0]
     finally:
@@ -65,7 +65,7 @@ def counterpart(one: dict, name: str) -> dict:
         return one["resumed"]
     if "accumulated" in name:
         return one["readout"]
-    return one["ema"] if "checkpointing" in name else one[RUNS[name]["use_repa"]]
+    return one["ema"] if RUNS[name].get("use_ema") else one[RUNS[name]["use_repa"]]
 
 
 def relative_error(given: dict, expected: dict) -> float:
@@ -88,8 +88,8 @@ def test_two_processes_with_half_the_batch_are_one(runs, name):
     assert two[name]["validation"] == pytest.approx(expected["validation"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["no exchange", "no exchange, REPA"])
-def test_without_the_exchange_of_gradients_they_are_not(runs, name):
+@pytest.mark.parametrize("name", ["not reduced", "not reduced, REPA"])
+def test_without_the_reduction_of_gradients_they_are_not(runs, name):
     one, two = runs
     assert relative_error(two[name]["gradients"], counterpart(one, name)["gradients"]) > 1e-2
     assert loss_error(two[name]["losses"], counterpart(one, name)["losses"]) > 1e-4
@@ -132,9 +132,15 @@ def test_checkpoints_have_the_format_of_one_process(runs, name):
 @pytest.mark.parametrize("name", ["ddp, spoiled", "fsdp, spoiled"])
 def test_a_step_that_is_not_finite_in_one_process_changes_nothing_in_any(runs, name):
     _, two = runs
-    assert two[name]["flags"] == [[[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]] * 2
     assert two[name]["changed"] == [[True, False, True]] * 2
+    assert two[name]["skipped"] == [1, 1]
     assert two[name]["named"] == two[name]["shown"] and len(two[name]["shown"]) == 4  # the images of both processes
+
+
+def test_fsdp_in_bf16_is_ddp_in_bf16(runs):
+    """What stays in fp32 under autocast (registers, positional tables, the residual stream) does so under both."""
+    _, two = runs
+    assert relative_error(two["fsdp, bf16"], two["ddp, bf16"]) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["ddp, checkpointing, resumed", "fsdp, checkpointing, resumed"])
@@ -191,6 +197,15 @@ def test_torchrun_trains_and_one_process_goes_on(tmp_path, parallel):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_processes_of_a_job_fill_a_cache_together_and_train_from_it(tmp_path):
+    file = write_config(tmp_path, repa_cache=True, repa_encoder_dtype="fp32", cache_dir=str(tmp_path / "cache"))
+    output = finished(launch(file, "--max-steps", "2"))
+    assert "Done: 2 steps" in output and "features, train: 100%" in output, output[-5000:]
+    (done,) = (tmp_path / "cache").glob("*/features-*/train/done.bin")
+    assert set(done.read_bytes()) == {1}
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 2
+
+
 def test_broken_images_of_all_processes_are_named_and_counted_together(tmp_path):
     """Each process meets 2 % of them broken or fewer; together they are too many."""
     folder = tmp_path / "images"
@@ -204,7 +219,7 @@ def test_broken_images_of_all_processes_are_named_and_counted_together(tmp_path)
     output = finished(launch(file))
     assert "2 of 40 images cannot be read, more than 1 %" in output
     for path in broken:
-        assert output.count(f"cannot read the image {path}: another") == 1
+        assert output.count(f"cannot read the image {path}: ") == 1
     assert read_latest(tmp_path / "run")["global_step"] >= 1
 
 
@@ -258,7 +273,7 @@ def test_another_global_batch_is_refused_at_a_resume_and_the_same_taken(tmp_path
     path = make_trainer(tmp_path, batch_size=4).save_checkpoint()
     make_trainer(tmp_path, batch_size=2, gradient_accumulation_steps=2).load_checkpoint(path)
     make_trainer(tmp_path, batch_size=1, global_batch_size=4).load_checkpoint(path)
-    with pytest.raises(CheckpointError, match="set global_batch_size: 4 to continue|trained on other data"):
+    with pytest.raises(CheckpointError, match="images per optimizer step 4, now it is 2: set global_batch_size: 4"):
         make_trainer(tmp_path, batch_size=2).load_checkpoint(path)
     with pytest.raises(ConfigError, match="train_vae is true"):
         make_trainer(parallel="fsdp", train_vae=True)

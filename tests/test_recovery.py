@@ -11,21 +11,23 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings
 
 import train_flextok
-from flextok.training import checkpoints
-from flextok.training.guard import LateFlags, Stopped
+from flextok.training import checkpointer, checkpoints, monitor
+from flextok.training.guard import Stopped
 from flextok.utils.checkpoint import CheckpointError
 from flextok.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-N_KILLS = 20
+N_KILLS = 8
 LAST_STEP = 24
 CHANGES = dict(use_repa=False, photos_train_crops=22, num_epochs=4, save_every_steps=1, use_ema=True)
 
@@ -50,8 +52,7 @@ def start(target, *arguments, **changes):
 
 def outcome(run_dir: Path) -> dict:
     checkpoint = read_latest(run_dir)
-    for name in ("config", "random_state"):  # paths; and what no run draws from, which differs by process
-        checkpoint.pop(name)
+    checkpoint.pop("config")  # paths
     return checkpoint
 
 
@@ -184,12 +185,12 @@ def test_a_run_with_loading_processes_ends_at_once_and_without_noise(tmp_path):
 
 SLOW_STEPS = """
 import time, runpy, sys, train_flextok
-update, compute_loss = train_flextok.FlexTokTrainer.update, train_flextok.FlexTokTrainer.compute_loss
-def slow_update(self, window):
+train_step = train_flextok.FlexTokTrainer.train_step
+def slow_step(self, micro_batches):
     print("step begins", flush=True)
     time.sleep(4)
-    return update(self, window)
-train_flextok.FlexTokTrainer.update = slow_update
+    return train_step(self, micro_batches)
+train_flextok.FlexTokTrainer.train_step = slow_step
 sys.argv[0] = "train_flextok.py"
 arguments = train_flextok.parse_arguments()
 try:
@@ -253,7 +254,7 @@ def test_a_signal_in_a_validation_or_picture_is_heard_at_once(tmp_path, uninterr
     assert process.exitcode == 128 + signal.SIGTERM
     assert f"stopped by SIGTERM after step {step}" in (tmp_path / "message").read_text()
     checkpoint = read_latest(run_dir)
-    assert checkpoint["global_step"] == step and checkpoint["validation_due"] == (where == "validation")
+    assert checkpoint["global_step"] == step
     last = read_metrics(run_dir)[-1]
     assert last["step"] == step and ("val/loss" in last) == (where == "picture")
     process = start(train, tmp_path, run_dir)
@@ -302,7 +303,7 @@ def train_in_part(folder: Path, run_dir: Path, n_kept: int) -> None:
         if count[0] == n_kept:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train_flextok.save_checkpoint = save
+    checkpointer.save_checkpoint = save
     train(folder, run_dir)
 
 
@@ -417,8 +418,6 @@ def test_checkpoints_of_epochs_are_pruned(tmp_path):
 
 
 def test_data_that_vanish_end_the_run_with_a_checkpoint(tmp_path):
-    from PIL import Image
-
     for i in range(24):
         Image.new("RGB", (40, 40), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
     trainer = make_trainer(
@@ -459,10 +458,8 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, optimi
         return [*tree, trainer.repa_module.state_dict()]
 
     states = []
-    for step in range(4):
-        _, _, flags = trainer.update([batch])
-        trainer.global_step += 1
-        assert flags.tolist() == [float(step == 2), 0.0]
+    for _ in range(4):
+        trainer.train_step([batch])
         states.append(torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state()))
     assert same(states[2], states[1])
     assert not same(states[1], states[0]) and not same(states[3], states[2])
@@ -484,15 +481,183 @@ def test_skipped_steps_are_counted_and_their_images_named(tmp_path, monkeypatch,
 def test_too_many_in_a_row_end_the_run_and_a_finite_one_starts_the_count_anew(tmp_path, monkeypatch):
     poisoned(monkeypatch, {1, 2, 4, 5, 7, 8, 9})
     trainer = make_trainer(tmp_path, use_repa=False, max_nonfinite_steps=2, save_every_steps=1, num_epochs=9)
-    with pytest.raises(UserError, match="3 steps in a row, up to step 10, .* smaller learning rate"):
+    with pytest.raises(UserError, match="3 steps in a row, up to step 10, .* latest.pt is not from before"):
         trainer.train()
     assert read_latest(tmp_path)["global_step"] == 9
     assert all(value.isfinite().all() for value in read_latest(tmp_path)["model_state_dict"].values())
 
 
-def test_flags_come_a_step_late():
-    late = LateFlags(2, torch.device("cpu"))
-    assert late.exchange(torch.tensor([1.0, 0.0]), "first") is None
-    assert late.exchange(torch.tensor([0.0, 1.0]), "second") == ([1.0, 0.0], "first")
-    assert late.pop() == ([0.0, 1.0], "second")
-    assert late.pop() is None
+def test_a_divergence_names_the_checkpoint_from_before(tmp_path, monkeypatch):
+    poisoned(monkeypatch, set(range(7, 40)))
+    trainer = make_trainer(tmp_path, use_repa=False, max_nonfinite_steps=2, save_every_steps=0, num_epochs=9)
+    with pytest.raises(UserError, match="latest.pt, of step 6, is from before: go on from it with a smaller"):
+        trainer.train()
+
+
+def test_with_fp16_scaling_too_a_gradient_that_is_not_finite_changes_nothing_and_ends_the_run(tmp_path, monkeypatch):
+    """While the scale falls it is a matter of course; at a scale of 1 it counts."""
+    trainer = make_trainer(tmp_path, use_repa=False, use_ema=True, max_nonfinite_steps=2, num_epochs=9)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    original, poison = trainer.compute_loss, lambda: 2 <= trainer.global_step
+
+    def compute_loss(*arguments):
+        losses = original(*arguments)
+        if trainer.model.training and poison():
+            losses["loss"].register_hook(lambda gradient: gradient * math.nan)
+        return losses
+
+    trainer.compute_loss = compute_loss
+    with pytest.raises(UserError, match="3 steps in a row, up to step 6"):  # step 3 and those after it halve the scale
+        trainer.train()
+    assert trainer.guard.skipped == 4 and not hasattr(trainer.optimizer, "found_inf")
+    assert all(p.isfinite().all() for p in [*trainer.model.parameters(), *trainer.ema.averages])
+
+
+# ------------------------------------------------------------------------------------- what is not the run's to die of
+
+
+class NoBatch(torch.utils.data.Dataset):
+    """Images of which the tenth never comes."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        while i == 10:
+            time.sleep(0.1)
+        return torch.zeros(3, 32, 32)
+
+
+def train_and_wait(folder: Path) -> None:
+    os.close(2)
+    os.open(os.devnull, os.O_WRONLY)
+    base = make_trainer(use_repa=False)
+    loader = torch.utils.data.DataLoader(NoBatch(), 4, num_workers=1)
+    trainer = train_flextok.FlexTokTrainer(base.config, base.model, loader, None, "cpu", folder)
+    try:
+        trainer.train()
+    except Stopped as stopped:
+        os._exit(stopped.exit_code)
+
+
+def test_a_signal_ends_a_run_that_waits_for_a_batch(tmp_path):
+    process = start(train_and_wait, tmp_path)
+    while not ((tmp_path / "metrics.jsonl").exists() and '"step": 2,' in (tmp_path / "metrics.jsonl").read_text()):
+        assert process.is_alive()
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == 128 + signal.SIGTERM and read_latest(tmp_path)["global_step"] == 2
+
+
+def test_a_signal_while_an_image_is_read_is_no_broken_image(tmp_path, monkeypatch, caplog):
+    for i in range(12):
+        Image.new("RGB", (40, 40), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    trainer = make_trainer(
+        tmp_path / "run", dataset_name="folder", data_path=str(tmp_path), use_repa=False, val_fraction=0
+    )
+    original, reads = Image.open, []
+
+    def read_and_signal(*arguments, **settings):
+        reads.append(arguments)
+        if len(reads) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(Image, "open", read_and_signal)
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert "cannot read" not in caplog.text and trainer.global_step == 1 == read_latest(tmp_path / "run")["global_step"]
+
+
+@pytest.mark.parametrize("output", ["closed pipe", "full disk", "ascii"])
+def test_nothing_that_happens_to_the_output_ends_a_run(tmp_path, output):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings(checkpoint_dir=str(tmp_path / "rüns"), use_repa=False)))
+    command = [sys.executable, "train_flextok.py", "--config", file, "--device", "cpu", "--run-dir", tmp_path / "rün"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"} if output == "ascii" else dict(os.environ)
+    reader, writer = os.pipe()
+    os.close(reader)
+    if output == "full disk":
+        writer = os.open("/dev/full", os.O_WRONLY)
+    process = subprocess.run(
+        [*map(str, command), "--max-steps", "2"], cwd=ROOT, env=environment, timeout=120,
+        stdout=subprocess.PIPE if output == "ascii" else writer,
+        stderr=subprocess.PIPE if output == "ascii" else writer,
+    )  # fmt: skip
+    os.close(writer)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "rün" / "export" / "model.safetensors").exists()
+
+
+def test_metrics_wait_for_room_on_the_disk(tmp_path, monkeypatch, caplog):
+    trainer = make_trainer(tmp_path, use_repa=False)
+    original, full = io.TextIOWrapper.write, [True]
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, text):
+            if full[0]:
+                raise OSError(28, "No space left on device")
+            return self.file.write(text)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    opened = monitor.MetricsFile.__init__
+    monkeypatch.setattr(
+        monitor.MetricsFile, "__init__",
+        lambda self, *arguments: opened(self, *arguments) or setattr(self, "_file", Full(self._file)),
+    )  # fmt: skip
+    after_step = trainer.after_step
+
+    def make_room(*arguments):
+        after_step(*arguments)
+        full[0] = trainer.global_step < 3
+
+    trainer.after_step = make_room
+    trainer.train(max_steps=4)
+    assert [r["step"] for r in read_metrics(tmp_path) if "train/loss" in r] == [1, 2, 3, 4]
+    assert caplog.text.count("records wait for room") == 1 and original
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "finish", "init hangs", "log exits"])
+def test_nothing_that_wandb_does_ends_or_holds_up_a_run(tmp_path, monkeypatch, failing, caplog):
+    class Run:
+        id, dir = "id", str(tmp_path)
+
+        def define_metric(self, *arguments, **settings): ...
+
+        def log(self, metrics):
+            if failing == "log":
+                raise BrokenPipeError("the service is gone")
+            if failing == "log exits":
+                sys.exit(1)
+
+        def finish(self):
+            if failing == "finish":
+                raise RuntimeError("disk full")
+
+    def init(**settings):
+        if failing == "init hangs":
+            time.sleep(60)
+        if failing == "init":
+            raise RuntimeError("no such entity")
+        return Run()
+
+    fake = types.SimpleNamespace(init=init, Settings=lambda **settings: settings, Image=str)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(monitor, "WANDB_SECONDS", 0.5)
+    trainer = make_trainer(tmp_path / "run", use_repa=False, use_wandb=True)
+    trainer.train(max_steps=2)
+    assert trainer.global_step == 2 and "W&B" in caplog.text
+
+
+def test_wandb_online_without_a_login_is_offline_and_asks_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert monitor.wandb_mode() == "offline"

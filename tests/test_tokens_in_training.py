@@ -1,4 +1,4 @@
-"""Whether the tokens work: the read-out, validation by token count and noise level, warnings, precision by measurement."""
+"""Whether the tokens work: the read-out, validation by token count and noise level, warnings, measured precision."""
 
 import json
 import logging
@@ -153,7 +153,7 @@ def test_flow_losses_are_those_of_an_independent_computation():
     for p in trainer.model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
-    metrics, tokens = trainer._validate_tokens()
+    metrics, tokens = trainer.token_metrics()
     model, dataset = trainer.model.eval(), trainer.val_loader.dataset
     images = torch.stack([dataset[i * len(dataset) // 8]["image"] for i in range(8)])
     random = BatchRandom(train_flextok.VALIDATION_SEED, -3, torch.arange(8))
@@ -186,11 +186,9 @@ def test_psnr_is_that_of_the_definition():
 
 def test_pictures_measure_psnr_by_token_count_and_of_the_mean_image(tmp_path):
     trainer = make_trainer(tmp_path, **DIGITS, num_psnr_images=5)
-    trainer.global_step = 7
-    trainer._open_log()
-    trainer.visualize()
+    trainer.train(max_steps=1)
     record = read_metrics(tmp_path)[-1]
-    assert record["step"] == 7 and {"val/psnr_k1", "val/psnr_k4", "val/psnr_mean_image"} < record.keys()
+    assert record["step"] == 1 and {"val/psnr_k1", "val/psnr_k4", "val/psnr_mean_image"} < record.keys()
     images = torch.stack([item["image"] for item in trainer.train_loader.dataset])
     shown = torch.stack([trainer.val_loader.dataset[i * 297 // 5]["image"] for i in range(5)])
     expected = psnr(images[::1].mean(0, keepdim=True).expand_as(shown), shown).mean()
@@ -208,21 +206,19 @@ def test_a_run_ends_by_saying_what_was_learned(tmp_path, capsys):
     "metric, larger_wins", [("val/flow_loss", False), ("val/flow_loss_k1", False), ("val/psnr_k4", True)]
 )
 def test_best_is_chosen_by_best_metric(tmp_path, monkeypatch, metric, larger_wins):
-    values = iter([3.0, 5.0, math.nan, 4.0, 1.0])
-    trainer = make_trainer(tmp_path, **DIGITS, best_metric=metric)
-    trainer._open_log()
-    monkeypatch.setattr(trainer, "validate", lambda: {metric: next(values)} | trainer.latest)
-    original = trainer.visualize
-    monkeypatch.setattr(trainer, "visualize", lambda: original and trainer.latest.update({metric: next(values)}))
-    if not larger_wins:
-        monkeypatch.setattr(trainer, "visualize", lambda: None)
-    else:
-        monkeypatch.setattr(trainer, "validate", lambda: {})
-    best = []
-    for step in range(5):
-        trainer.global_step, trainer.validation_due = step + 1, True
-        trainer._validate_and_save(None)
+    values = iter([3.0, 5.0, math.nan, 4.0, 1.0] + 9 * [math.nan])
+    trainer = make_trainer(tmp_path, **DIGITS, best_metric=metric, val_every_steps=1)
+    measure = lambda: trainer.latest.update({metric: next(values)})  # noqa: E731
+    monkeypatch.setattr(trainer, "validate", measure if not larger_wins else lambda: None)
+    monkeypatch.setattr(trainer, "visualize", measure if larger_wins else lambda: None)
+    best, evaluate = [], trainer.evaluate
+
+    def note_best():
+        evaluate()
         best.append(torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)["global_step"])
+
+    monkeypatch.setattr(trainer, "evaluate", note_best)
+    trainer.train(max_steps=5)
     assert best == ([1, 2, 2, 2, 2] if larger_wins else [1, 1, 1, 1, 5])
 
 
@@ -279,9 +275,7 @@ def test_a_fine_tuning_says_what_share_of_the_codes_it_kept(tmp_path):
     run_main(tmp_path, run_dir=tmp_path / "kept", max_steps=1, learning_rate=1e-12, min_lr=0.0, **tuned)
     assert [r["val/codes_kept"] for r in read_metrics(tmp_path / "kept") if "val/codes_kept" in r] == [1.0]
     for max_steps in (2, 4):
-        run_main(
-            tmp_path, run_dir=tmp_path / "lost", max_steps=max_steps, resume="latest", learning_rate=1e-1, **tuned
-        )
+        run_main(tmp_path, run_dir=tmp_path / "lost", max_steps=max_steps, resume="latest", learning_rate=1e-1, **tuned)
     kept = [r["val/codes_kept"] for r in read_metrics(tmp_path / "lost") if "val/codes_kept" in r]
     assert len(kept) == 2 and kept[-1] < 1.0  # the codes of the start are remembered by the checkpoint
     assert not any("val/codes_kept" in r for r in read_metrics(tmp_path / "first"))
@@ -330,7 +324,7 @@ def test_use_amp_takes_auto_true_or_false():
         TrainConfig.from_dict({"use_amp": "yes"})
 
 
-# ----------------------------------------------------------------------------------------------------------- fine-tuning
+# ----------------------------------------------------------------------------------------------------------- fine-tunin
 
 
 def test_the_study_of_fine_tuning_rates_keeps_codes_at_small_ones(tmp_path, capsys):

@@ -1,11 +1,28 @@
-"""Settings of a training run: types, limits, suggestions, YAML, overrides."""
+"""Settings of a training run: types, limits, suggestions, YAML, overrides, the schema for editors."""
 
-import dataclasses
+import json
+import logging
+from pathlib import Path
 
+import pydantic
 import pytest
+import torch
+import yaml
 
-from flextok.training.config import TrainConfig, load_config, parse_yaml
+from flextok.training.checkpoints import find_checkpoint
+from flextok.training.config import (
+    TrainConfig,
+    folder_name,
+    json_schema,
+    load_config,
+    new_run_dir,
+    parse_yaml,
+    write_config,
+)
 from flextok.utils.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+PYDANTIC = tuple(int(part) for part in pydantic.VERSION.split(".")[:2])
 
 # Keys that existing configs hold.
 DOCUMENTED_KEYS = """model_name train_encoder train_decoder train_vae train_from_scratch fsq_levels
@@ -21,55 +38,110 @@ def config(**settings) -> TrainConfig:
     return TrainConfig.from_dict({"dataset_name": "photos", **settings})
 
 
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "a.yaml"
+    path.write_text("dataset_name: photos\nuse_repa: false\nmodel:\n  encoder_depth: 4\n")
+    return path
+
+
 def test_every_documented_key_is_a_setting():
-    assert set(DOCUMENTED_KEYS) <= {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(DOCUMENTED_KEYS) <= set(TrainConfig.model_fields)
 
 
 def test_every_setting_says_what_it_means():
-    for field in dataclasses.fields(TrainConfig):
-        assert field.metadata["help"].rstrip().endswith("."), field.name
+    for name, field in TrainConfig.model_fields.items():
+        assert field.description.endswith("."), name
+
+
+WRONG = [
+    ({"use_rpea": True}, "unknown setting: 'use_rpea' (did you mean 'use_repa'?)"),
+    ({7: True}, "unknown setting: '7'"),
+    ({"learning_rate": "1e-4"}, "learning_rate is '1e-4', expected a number: remove the quotes"),
+    ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a number"),
+    ({"learning_rate": True}, "learning_rate is True, expected a number"),
+    ({"learning_rate": 0}, "learning_rate is 0, expected more than 0"),
+    ({"learning_rate": float("nan")}, "learning_rate is nan, expected a finite number"),
+    ({"min_lr": float("inf")}, "min_lr is inf, expected a finite number"),
+    ({"batch_size": 1.5}, "batch_size is 1.5, expected a whole number"),
+    ({"batch_size": True}, "batch_size is True, expected a whole number"),
+    ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+    ({"batch_size": None}, "batch_size is None, expected a whole number"),
+    ({"val_batch_size": "4"}, "val_batch_size is '4', expected a whole number or null: remove the quotes"),
+    ({"use_repa": "yes"}, "use_repa is 'yes', expected true or false"),
+    ({"use_repa": 1}, "use_repa is 1, expected true or false"),
+    ({"use_amp": "yes"}, "use_amp is 'yes', expected true or false or auto"),
+    ({"wandb_run_name": 2024}, "wandb_run_name is 2024, expected text or null: put it in quotes"),
+    ({"betas": [0.9]}, "betas is [0.9], expected at least 2 values"),
+    ({"betas": [0.9, 1.0]}, "betas is [0.9, 1.0], expected less than 1"),
+    ({"betas": 0.9}, "betas is 0.9, expected a list of values"),
+    ({"repa_target_size": [37]}, "repa_target_size is [37], expected at least 2 values or auto"),
+    (
+        {"repa_target_size": [37, "37"]},
+        "repa_target_size is [37, '37'], expected a whole number or auto: remove the quotes",
+    ),
+    ({"repa_weight": -1.0}, "repa_weight is -1.0, expected at least 0"),
+    ({"fsq_levels": [8, 1]}, "fsq_levels is [8, 1], expected at least 2 or null"),
+    ({"scheduler": "cosin"}, "scheduler is 'cosin', expected one of cosine, linear, none (did you mean 'cosine'?)"),
+    ({"optimizer": "sgd"}, "optimizer is 'sgd', expected one of adamw, adam"),
+    ({"dataset_name": "celebhq"}, "dataset_name is 'celebhq' (did you mean 'celebahq'?); use `folder` for others"),
+    ({"repa_layers": [1, 1]}, "repa_layers is [1, 1], expected different layers, at least one, or null"),
+    ({"repa_layers": []}, "repa_layers is [], expected different layers, at least one, or null"),
+]
+
+
+@pytest.mark.parametrize("settings, message", WRONG, ids=lambda value: str(value)[:40])
+def test_a_wrong_setting_is_refused_in_one_sentence(settings, message):
+    for build in (config, lambda **settings: TrainConfig(**settings)):
+        with pytest.raises(ConfigError) as error:
+            build(**{str(key): value for key, value in settings.items()})
+        assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"use_rpea": True}, r"unknown setting: 'use_rpea' \(did you mean 'use_repa'\?\)"),
-        ({"learning_rate": "1e-4"}, "learning_rate is '1e-4' \\(a string\\), expected a number: remove the quotes"),
-        ({"learning_rate": "fast"}, "expected a number$"),
-        ({"batch_size": 1.5}, "batch_size is 1.5 .*expected a whole number"),
-        ({"batch_size": True}, "batch_size is True .*expected a whole number"),
-        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
-        ({"batch_size": None}, "batch_size is None .*expected a whole number"),
-        ({"use_repa": "yes"}, "use_repa is 'yes' .*expected true or false"),
-        ({"use_repa": 1}, "expected true or false"),
-        ({"betas": [0.9]}, "expected two numbers below 1"),
-        ({"betas": [0.9, 1.0]}, "expected two numbers below 1"),
-        ({"betas": 0.9}, "expected a list of numbers"),
-        ({"repa_target_size": [37]}, r"expected \[height, width\]"),
-        ({"repa_target_size": [37, "37"]}, "remove the quotes"),
-        ({"repa_weight": 0}, "repa_weight is 0.0, expected more than 0"),
-        ({"repa_weight": -1.0}, "expected more than 0"),
-        ({"learning_rate": float("nan")}, "expected a finite number"),
-        ({"scheduler": "cosin"}, r"scheduler is 'cosin', expected one of cosine, linear, none \(did you mean 'cosine'"),
-        ({"optimizer": "sgd"}, "expected one of adamw, adam"),
         ({"train_encoder": False, "train_decoder": False}, "nothing to train"),
-        ({"dataset_name": "celebhq", "data_path": "."}, "did you mean 'celebahq'"),
         ({"model": {"encoder_dpeth": 4}}, "model: unknown argument 'encoder_dpeth' .did you mean 'encoder_depth'"),
         ({"disable_gradient_checkpointing": True, "gradient_checkpointing": True}, "contradict each other"),
-        ({"fsq_levels": [8, 1]}, "expected at least 2"),
+        ({"parallel": "fsdp", "train_vae": True}, "a VAE is trained with ddp alone"),
+        ({"cache_latents": True, "random_crop": True}, "cache_latents is true, but random_crop too"),
+        ({"repa_cache": True, "random_crop": True}, "repa_cache is true, but random_crop too"),
+        ({"cache_latents": True, "train_vae": True}, "the latents of a VAE that is trained change"),
     ],
-)
-def test_a_wrong_setting_is_refused_with_what_was_expected(settings, message):
+)  # fmt: skip
+def test_settings_that_cannot_go_together_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         config(**settings)
 
 
-def test_a_constant_schedule_needs_no_room_above_min_lr():
-    assert config(scheduler="none", min_lr=1e-4).min_lr == 1e-4
+def test_all_mistakes_are_reported_together_one_per_line():
+    with pytest.raises(ConfigError) as error:
+        config(batch_size=0, use_rpea=True, betas=[0.9], dataset_name="celebhq")
+    assert sorted(line.split()[0] for line in str(error.value).splitlines()) == [
+        "batch_size", "betas", "dataset_name", "unknown"
+    ]  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        config(cache_latents=True, random_crop=True, train_vae=True)
+    assert len(str(error.value).splitlines()) == 2
 
 
-def test_whole_numbers_are_taken_where_numbers_are_meant():
-    assert config(repa_weight=1).repa_weight == 1.0 and isinstance(config(repa_weight=1).repa_weight, float)
+def test_what_is_merely_unwise_is_a_warning(file, caplog, monkeypatch):
+    caplog.set_level(logging.WARNING, "flextok")
+    overrides = ["use_repa=true", "repa_weight=0", "repa_warmup_steps=8", "repa_stop=5"]
+    assert load_config(file, overrides).repa_weight == 0
+    assert [message.split()[0] for message in caplog.messages] == ["repa_weight", "repa_warmup_steps"]
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    load_config(file, overrides)
+    monkeypatch.delenv("RANK")
+    load_config(file)
+    assert not caplog.messages
+
+
+def test_whole_numbers_are_taken_where_numbers_are_meant_and_tuples_for_lists():
+    settings = config(learning_rate=1, betas=(0, 0.9))
+    assert isinstance(settings.learning_rate, float) and settings.betas == [0.0, 0.9]
 
 
 @pytest.mark.parametrize("disabled", [True, False])
@@ -84,10 +156,17 @@ def test_celebahq_may_be_spelled_in_any_way_and_other_names_are_folders(name, kn
     assert config(dataset_name=name, data_path=".").dataset_name == known
 
 
+def test_the_home_folder_may_be_written_as_a_tilde():
+    assert config(data_path="~/x", cache_dir="~").to_dict()["data_path"] == str(Path.home() / "x")
+
+
 def test_learning_rates_follow_what_is_trained():
     settings = config(learning_rate=3e-4, decoder_lr=2e-4, train_vae=True, vae_lr=1e-5, use_repa=True, repa_lr=5e-4)
     assert settings.learning_rates() == {"encoder": 3e-4, "decoder": 2e-4, "vae": 1e-5, "repa_projector": 5e-4}
     assert config(train_encoder=False).learning_rates() == {"decoder": 1e-4}
+
+
+# YAML
 
 
 @pytest.mark.parametrize(
@@ -99,37 +178,26 @@ def test_yaml_numbers_are_those_of_yaml_1_2(text, value):
 
 
 def test_a_key_given_twice_is_an_error_with_its_line():
-    with pytest.raises(ConfigError, match="line 2: 'use_repa' is given twice"):
-        parse_yaml("use_repa: true\nuse_repa: false\n")
+    with pytest.raises(ConfigError, match="line 3: 'depth' is given twice"):
+        parse_yaml("model:\n  depth: 3\n  depth: 4\n")
 
 
-def test_yaml_cannot_name_python_objects():
-    with pytest.raises(ConfigError, match="not valid YAML"):
-        parse_yaml("key: !!python/object/apply:os.getcwd []")
-
-
-def test_overrides_replace_settings_of_the_file_and_reach_into_the_model(tmp_path):
-    file = tmp_path / "a.yaml"
-    file.write_text("dataset_name: photos\nuse_repa: false\nmodel:\n  encoder_depth: 4\n")
-    settings = load_config(file, ["use_repa=true", "repa_lr=2e-4", "model.decoder_depth=3", "repa_target_size=[8, 8]"])
-    assert settings.use_repa is True and settings.repa_lr == 2e-4 and settings.repa_target_size == [8, 8]
-    assert settings.model == {"encoder_depth": 4, "decoder_depth": 3}
-
-
-@pytest.mark.parametrize("override", ["use_repa", "=true"])
-def test_an_override_without_key_or_value_is_refused(tmp_path, override):
-    file = tmp_path / "a.yaml"
-    file.write_text("dataset_name: photos\n")
-    with pytest.raises(ConfigError, match="expected key=value"):
-        load_config(file, [override])
-
-
-@pytest.mark.parametrize("text, message", [("- 1\n", "expected a mapping"), ("a: [1\n", "not valid YAML")])
-def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, text, message):
-    file = tmp_path / "broken.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=f"broken.yaml.*{message}"):
-        load_config(file)
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("- 1\n", "expected a mapping"),
+        ("a: [1\n", "not valid YAML.*line 2"),
+        ("a: 2026-99-99\n", "not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("a: 1\na: 2\n", "line 2: 'a' is given twice"),
+        (b"a: \xff\n", "utf-8"),
+    ],
+)
+def test_a_file_that_is_no_mapping_of_settings_is_refused_by_name(tmp_path, text, message):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=f"(?s)broken.yaml.*{message}"):
+        load_config(path)
 
 
 def test_a_missing_config_lists_those_there_are(tmp_path):
@@ -137,9 +205,56 @@ def test_a_missing_config_lists_those_there_are(tmp_path):
         load_config(tmp_path / "no.yaml")
 
 
-def test_a_config_survives_the_way_through_a_dict():
-    settings = config(use_repa=True, model={"encoder_depth": 3})
+# Overrides
+
+
+def test_overrides_replace_settings_of_the_file_and_reach_into_the_model(file):
+    settings = load_config(file, ["use_repa=true", "repa_lr=2e-4", "model.decoder_depth=3", "repa_target_size=[8, 8]"])
+    assert settings.use_repa is True and settings.repa_lr == 2e-4 and settings.repa_target_size == [8, 8]
+    assert settings.model == {"encoder_depth": 4, "decoder_depth": 3}
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("data_path=a #1", "a #1"),
+        ("data_path=a: b", "a: b"),
+        ("data_path=[1]", "[1]"),
+        ("data_path=2024", "2024"),
+        ("data_path=x=y", "x=y"),
+        ("data_path='a b'", "a b"),  # quotes around it all are not part of it
+        ('wandb_run_name="a b"', "a b"),
+        ("wandb_run_name=true", "true"),
+        ("wandb_run_name=null", None),
+        ("wandb_run_name=", None),
+        ("wandb_project=null", "null"),
+        ("scheduler=none", "none"),
+        ("use_amp=auto", "auto"),
+        ("use_amp=false", False),
+        ("wandb_tags=[a, b]", ["a", "b"]),
+        ("val_batch_size=null", None),
+    ],
+)
+def test_text_is_taken_as_it_stands_and_other_overrides_are_yaml(file, override, value):
+    assert getattr(load_config(file, [override]), override.partition("=")[0]) == value
+
+
+@pytest.mark.parametrize("override", ["use_repa", "=true"])
+def test_an_override_without_key_or_value_is_refused(file, override):
+    with pytest.raises(ConfigError, match="expected key=value"):
+        load_config(file, [override])
+
+
+# Stored configs
+
+
+def test_a_config_survives_the_way_through_files(tmp_path):
+    settings = config(use_repa=True, model={"encoder_depth": 3}, wandb_tags=["a"])
     assert TrainConfig.from_dict(settings.to_dict()) == settings
+    write_config(tmp_path, settings)
+    assert load_config(tmp_path / "config.yaml") == settings
+    torch.save(settings.to_dict(), tmp_path / "checkpoint.pt")
+    assert TrainConfig.from_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)) == settings
 
 
 USERS_OWN = """
@@ -177,3 +292,52 @@ def test_a_config_that_people_have_is_valid_as_it_is(tmp_path):
     assert config.gradient_checkpointing and config.vis_token_counts == [1, 2, 3, 4, 16, 256]
     assert config.learning_rates() == {"encoder": 1e-6, "decoder": 1e-6}
     assert load_config(tmp_path / "own.yaml", ["use_repa=true"]).learning_rates()["repa_projector"] == 1e-4
+
+
+# The run's folder
+
+
+@pytest.mark.parametrize(
+    "name, folder",
+    [("/tmp/x", "tmp_x"), ("a/b", "a_b"), ("../x/", ".._x"), ("a\\b", "a_b"), ("a b #1", "a b #1"), ("/", "flextok"),
+     (None, "flextok")],
+)  # fmt: skip
+def test_the_folder_of_a_run_lies_in_checkpoint_dir_whatever_its_name(tmp_path, name, folder):
+    assert folder_name(name) == folder
+    run_dir = new_run_dir(config(wandb_run_name=name, checkpoint_dir=str(tmp_path)))
+    assert run_dir.parent == tmp_path and run_dir.name.startswith(f"{folder}-2")
+
+
+def test_a_run_whose_name_has_slashes_is_found_again(tmp_path):
+    settings = config(wandb_run_name="a/b", checkpoint_dir=str(tmp_path))
+    latest = new_run_dir(settings) / "checkpoints" / "latest.pt"
+    latest.parent.mkdir(parents=True)
+    latest.touch()
+    assert find_checkpoint("latest", None, tmp_path, "a/b", settings.use_repa) == latest
+
+
+# The schema for editors
+
+
+@pytest.mark.skipif(PYDANTIC < (2, 10), reason="older versions write the same schema in other words")
+def test_the_schema_in_configs_is_current():
+    committed = json.loads((ROOT / "configs" / "schema.json").read_text())
+    assert committed == json_schema(), "python -m flextok.training.config writes it"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_is_valid_and_names_its_schema(path):
+    assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+    load_config(path)
+    schema = json_schema()["properties"]
+    values = yaml.safe_load(path.read_text())
+    assert set(values) <= set(schema)
+    assert set(values.get("model", {})) <= set(schema["model"]["anyOf"][0]["properties"])
+
+
+def test_the_schema_explains_every_setting_and_allows_no_other():
+    schema = json_schema()
+    assert schema["additionalProperties"] is False and set(schema["properties"]) == set(TrainConfig.model_fields)
+    assert all(entry["description"] for entry in schema["properties"].values())
+    model = schema["properties"]["model"]["anyOf"][0]
+    assert model["additionalProperties"] is False and {"preset", "encoder_depth"} <= set(model["properties"])

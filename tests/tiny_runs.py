@@ -8,7 +8,9 @@ import torch
 import yaml
 
 import train_flextok
+from flextok.data.batch import Batch
 from flextok.data.loader import build_datasets, build_loaders
+from flextok.data.precompute import precompute
 from flextok.training.config import TrainConfig
 from flextok.training.models import load_model
 
@@ -34,11 +36,13 @@ def settings(**changes) -> dict:
 def make_trainer(run_dir=None, device="cpu", **changes) -> train_flextok.FlexTokTrainer:
     """A trainer as `main` builds it."""
     config = TrainConfig.from_dict(settings(**changes))
-    train_loader, val_loader = build_loaders(config, *build_datasets(config), device)
-    return train_flextok.FlexTokTrainer(config, load_model(config), train_loader, val_loader, device, run_dir)
+    model, datasets = load_model(config), build_datasets(config)
+    datasets = precompute(config, *datasets, model, torch.device(device))
+    train_loader, val_loader = build_loaders(config, *datasets, device)
+    return train_flextok.FlexTokTrainer(config, model, train_loader, val_loader, device, run_dir)
 
 
-def first_batch(trainer) -> dict:
+def first_batch(trainer) -> Batch:
     trainer.train_loader.batch_sampler.set_state(0, 0)
     return next(iter(trainer.train_loader))
 

@@ -1,10 +1,9 @@
-"""`python -m flextok.benchmark NAME`: prints a table and writes JSON; without a NAME all of them, one after the other."""
+"""`python -m flextok.benchmark NAME`: prints a table and writes JSON; without a NAME all of them, in turn."""
 
 import argparse
 import json
 import platform
 from pathlib import Path
-from typing import List, Optional
 
 import torch
 
@@ -40,13 +39,15 @@ def _cpu_info() -> list:
         return []
 
 
-def main(command_line: Optional[List[str]] = None) -> None:
+def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m flextok.benchmark", description="Measure speed and memory.")
     benchmarks = parser.add_subparsers(dest="benchmark")
     for name, (module, text) in BENCHMARKS.items():
         benchmark = benchmarks.add_parser(name, help=text)
         benchmark.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-        benchmark.add_argument("--dtype", choices=sorted(DTYPES), help="fp32 or autocast (default: bf16 if it is fast)")
+        benchmark.add_argument(
+            "--dtype", choices=sorted(DTYPES), help="fp32 or autocast (default: bf16 where the device computes it)"
+        )
         benchmark.add_argument("--batch-sizes", type=at_least_1, nargs="+", metavar="N", help="default: 4, on GPUs 32")
         benchmark.add_argument(
             "--rounds", type=at_least_1, default=5, metavar="N", help="rounds in which the arms take turns (default: 5)"

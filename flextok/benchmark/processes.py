@@ -9,7 +9,6 @@ import os
 import socket
 import statistics
 import time
-from typing import Dict, List
 
 import torch
 
@@ -53,7 +52,6 @@ def send_step_seconds(
             synchronize(device)
             start = time.perf_counter()
             step()
-            trainer.global_step += 1
             synchronize(device)
             seconds.append(time.perf_counter() - start)
         if rank() == 0:
@@ -67,7 +65,7 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     if n < 2:
         raise UserError("there is one GPU: with --device cpu two processes share the processor")
     threads = torch.get_num_threads()
-    arms: Dict[str, tuple] = {}  # name: (processes, settings)
+    arms: dict[str, tuple] = {}  # name: (processes, settings)
     for images in arguments.batch_sizes:
         if on_cpu and images % n:
             raise UserError(f"a batch of {images} cannot be shared by {n} processes: give multiples of {n}")
@@ -84,7 +82,7 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
             raise UserError(f"{processes} processes with {settings} ended early: out of memory, or see above")
         return statistics.median(steps)
 
-    times: Dict[str, List[float]] = {name: [] for name in arms}
+    times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(arguments.rounds):
         for name, arm in arms.items():
             times[name].append(seconds(*arm))

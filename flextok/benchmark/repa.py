@@ -4,18 +4,20 @@ import argparse
 import contextlib
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from train_flextok import FlexTokTrainer
 
+from ..data.batch import Batch
 from ..data.record_cache import RecordCache, cache_bytes
 from ..flextok_wrapper import FlexTokFromHub
-from ..model.utils.repa_encoders import FrozenEncoder, encoder_facts, known_encoders
-from ..model.utils.repa_loss import REPAModule, projector_parameters
+from ..model.utils.repa_encoders import FrozenEncoder
+from ..model.utils.repa_loss import REPAModule, encoder_facts, known_encoders, projector_parameters
 from ..training.config import TrainConfig
 from ..training.models import new_model_config
 from ..utils.config import ConfigError
@@ -49,14 +51,10 @@ class CachedBatches:
         self.index = torch.randperm(n_images, generator=draws)[:batch_size]
         self.flip = torch.arange(batch_size) % 2 == 0
 
-    def batch(self, features: bool, images: bool) -> dict:
-        batch = {"index": self.index, "flip": self.flip, "position": torch.arange(len(self.index)), "split": "train",
-                 "broken": [], "latents": self.moments}  # fmt: skip
-        if features:
-            batch["features"] = self.cache.read(self.index, self.flip)
-        if images:
-            batch["image"] = self.images
-        return batch
+    def batch(self, features: bool, images: bool) -> Batch:
+        read = self.cache.read(self.index, self.flip).permute(0, 3, 1, 2) if features else None
+        position = torch.arange(len(self.index))
+        return Batch(self.images if images else None, latents=self.moments, features=read, position=position)
 
 
 def random_encoder(name: str, image_size: int, dtype: torch.dtype) -> FrozenEncoder:
@@ -70,18 +68,15 @@ def random_encoder(name: str, image_size: int, dtype: torch.dtype) -> FrozenEnco
     def features(model, images):
         return model.forward_features(images)[:, 1:].transpose(1, 2).unflatten(2, facts.grid)
 
-    return FrozenEncoder(
-        name, model, features, facts.dim, facts.patch_size, facts.image_size, facts.mean, facts.std, dtype
-    )
+    return FrozenEncoder(name, model, features, facts, dtype)
 
 
-def step_arms(trainer: FlexTokTrainer, data: CachedBatches, encoder: FrozenEncoder) -> Dict[str, Callable[[], Any]]:
+def step_arms(trainer: FlexTokTrainer, data: CachedBatches, encoder: FrozenEncoder) -> dict[str, Callable[[], Any]]:
     """A training step (forward, backward, clipping, AdamW) without REPA and with it in each form, and REPA's parts."""
 
     def step(active: bool, project_when: str = "after_resize", online: bool = False) -> None:
         trainer.repa_ended, trainer.repa_module.project_when = not active, project_when
-        trainer.feature_cache = None if online else lambda batch, images, device: batch["features"].to(device)
-        trainer.update([data.batch(features=active and not online, images=online)])
+        trainer.train_step([data.batch(features=active and not online, images=online)])
 
     device, module = trainer.device, trainer.repa_module
     images = data.images.to(device)
@@ -113,21 +108,21 @@ def build_repa_trainer(preset: str, autocast: bool, device: torch.device, encode
         preset, device, use_amp=autocast, use_repa=True, repa_encoder_type=encoder.name,
         repa_image_size=encoder.image_size,
     )  # fmt: skip
-    trainer.repa_module.encoder = encoder
+    trainer.repa_module.use_encoder(encoder)
     return trainer
 
 
-def projector_memory(decoder_dim: int, encoder: str, autocast: Callable[[], Any]) -> Dict[str, int]:
+def projector_memory(decoder_dim: int, encoder: str, autocast: Callable[[], Any]) -> dict[str, int]:
     """Bytes per image that the projector and the loss keep for the backward pass, by `repa_project`."""
     per_image = {}
     for project_when in ("after_resize", "before_resize"):
         module = REPAModule(decoder_dim, encoder, project_when=project_when)
 
-        def kept(batch_size: int) -> int:
+        def kept(batch_size: int, module: REPAModule = module) -> int:
             features = torch.randn(batch_size, IMG_SIZE // 16, IMG_SIZE // 16, decoder_dim)
             target = torch.randn(batch_size, module.encoder_dim, *module.target_size)
 
-            def loss():
+            def loss() -> torch.Tensor:
                 with autocast():
                     return module.layer_losses(features, target)[0]
 
@@ -137,7 +132,7 @@ def projector_memory(decoder_dim: int, encoder: str, autocast: Callable[[], Any]
     return per_image
 
 
-def checkpoint_growth(device: torch.device) -> Dict[str, int]:
+def checkpoint_growth(device: torch.device) -> dict[str, int]:
     """Bytes of a small run's checkpoint with and without REPA, after one step, and what the projector accounts for."""
     sizes = {}
     for use_repa in (False, True):
@@ -150,13 +145,13 @@ def checkpoint_growth(device: torch.device) -> Dict[str, int]:
         with tempfile.TemporaryDirectory() as folder:
             model = FlexTokFromHub(new_model_config(TrainConfig.from_dict(config)))
             trainer = FlexTokTrainer(config, model, loader, None, device, Path(folder))
-            trainer.update([torch.zeros(2, 3, 32, 32)])
+            trainer.train_step([torch.zeros(2, 3, 32, 32)])
             sizes[use_repa] = trainer.save_checkpoint().stat().st_size
     projector = count_parameters(trainer.repa_module.projector)
     return {"without": sizes[False], "with": sizes[True], "projector_and_moments": 12 * projector}
 
 
-def memory_tables() -> List[dict]:
+def memory_tables() -> list[dict]:
     """Sizes of encoders, projectors and caches; computed, not measured."""
     rows = []
     for name, known in known_encoders().items():
@@ -180,7 +175,7 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     facts = encoder_facts(arguments.encoder, arguments.image_size)
     autocast = dtype != torch.float32
     encoder = random_encoder(arguments.encoder, arguments.image_size, dtype).to(device)
-    result: Dict[str, Any] = {"preset": arguments.preset, "encoder": arguments.encoder, "image_size": facts.image_size}
+    result: dict[str, Any] = {"preset": arguments.preset, "encoder": arguments.encoder, "image_size": facts.image_size}
     for batch_size in arguments.batch_sizes:
         trainer = build_repa_trainer(arguments.preset, autocast, device, encoder)
         with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +197,7 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     return result
 
 
-def report_times(times: Dict[str, List[float]], batch_size: int) -> dict:
+def report_times(times: dict[str, list[float]], batch_size: int) -> dict:
     base = times["no REPA"]
     sum_of_parts = [sum(parts) for parts in zip(base, times["encoder alone"], times["projector alone, after_resize"])]
     ratios = [

@@ -5,7 +5,7 @@ speeds that are given.
 """
 
 import argparse
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..flextok_wrapper import FlexTokFromHub
 from ..model.builder import PRESETS, preset_config
 from ..model.trunks.transformers import TransformerBlock
-from ..model.utils.repa_encoders import encoder_facts
+from ..model.utils.repa_loss import encoder_facts
 from ..utils.modules import count_parameters
 from ..utils.random import RANDOM_KEY, BatchRandom
 from .timing import at_least_1
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-kb", type=float, default=110, help="kB of an image file (default: 110, ImageNet)")
 
 
-def step_counts(preset: str, batch: int, checkpointing: bool) -> Dict[str, float]:
+def step_counts(preset: str, batch: int, checkpointing: bool) -> dict[str, float]:
     """Parameters of a model, its VAE and its largest block; operations of a step without recomputation; bytes kept.
 
     Kept is what the forward pass under bf16 autocast leaves for the backward pass.
     """
-    kept: Dict[int, Any] = {}
+    kept: dict[int, Any] = {}
     with torch.device("meta"):
         model = FlexTokFromHub(preset_config(preset, vae_hub_path=None, use_act_checkpoint=checkpointing)).train()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -66,24 +66,30 @@ def step_counts(preset: str, batch: int, checkpointing: bool) -> Dict[str, float
         }
 
 
-def count(preset: str, checkpointing: bool) -> Dict[str, float]:
+def count(preset: str, checkpointing: bool) -> dict[str, float]:
     """As step_counts, with `flops` and `kept` per image, and `kept_once`, which does not grow with the batch."""
     two, four = (step_counts(preset, batch, checkpointing) for batch in (2, 4))
     kept = (four["kept"] - two["kept"]) / 2
     return {**two, "flops": two["flops"] / 2, "kept": kept, "kept_once": two["kept"] - 2 * kept}
 
 
-def memory(counts: Dict[str, float], images: int, parts: int = 1, ema: bool = False) -> float:
-    """Bytes on a GPU: weights, gradients, moments and averages in fp32, divided among `parts`, and activations."""
-    state = 4 * (5 if ema else 4) * counts["trained"] / parts
-    if parts > 1:  # gathered in bf16, two blocks at a time, rather than a bf16 copy of all
-        return state + 2 * 2 * counts["block"] + 4 * counts["frozen"] + images * counts["kept"]
+def memory(counts: dict[str, float], images: int, parts: int = 1, keep: bool = False) -> float:
+    """Bytes on a GPU: weights, gradients and moments in fp32, divided among `parts`, and activations.
+
+    Args:
+        keep: With FSDP and accumulation, whole gradients are kept until the last micro-batch (`fsdp_accumulation`).
+    """
+    state = 4 * 4 * counts["trained"] / parts
+    if parts > 1:  # gathered in fp32, two blocks at a time
+        state += 2 * 4 * counts["block"]
+    if keep:
+        state += 4 * counts["trained"]
     return state + counts["kept_once"] + 4 * counts["frozen"] + images * counts["kept"]
 
 
 def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
     """All counts as plain numbers; prints them as Markdown tables."""
-    result: Dict[str, Any] = {"counts": {}, "gpus": {}}
+    result: dict[str, Any] = {"counts": {}, "gpus": {}}
     checkpointing = arguments.gradient_checkpointing
     print(f"\nper image at {IMG_SIZE} px, bf16 autocast, gradient checkpointing {'on' if checkpointing else 'off'}\n")
     print("| model | trained parameters | TFLOP a step | activations | weights, gradients, AdamW | with averages |")
@@ -97,8 +103,8 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
         images = max(1, arguments.global_batch_size // n)
         print(f"\n{n} GPUs, {images * n} images a step, {images} per GPU; {arguments.tflops:g} TFLOP/s, "
               f"{arguments.link:g} GB/s\n")  # fmt: skip
-        print("| model | compute | gradients | their exchange | images/s, all GPUs | data | memory DDP | memory FSDP |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("| model | compute | gradients | reducing them | images/s, all | data | memory DDP | FSDP | FSDP, keep |")
+        print("|---|---|---|---|---|---|---|---|---|")
         result["gpus"][n] = {}
         for preset, counts in result["counts"].items():
             compute = images * counts["flops"] * (4 / 3 if checkpointing else 1) / (arguments.tflops * 1e12)
@@ -106,10 +112,13 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
             exchange = 2 * (n - 1) / n * gradients / (arguments.link * 1e9)  # a ring sends and receives it twice
             rate = images * n / max(compute, exchange)
             data = rate * arguments.image_kb * 1e3
-            ddp, fsdp = memory(counts, images), memory(counts, images, n)
-            result["gpus"][n][preset] = dict(compute=compute, exchange=exchange, rate=rate, ddp=ddp, fsdp=fsdp)
+            ddp, fsdp, keep = memory(counts, images), memory(counts, images, n), memory(counts, images, n, keep=True)
+            result["gpus"][n][preset] = dict(
+                compute=compute, exchange=exchange, rate=rate, ddp=ddp, fsdp=fsdp, fsdp_keep=keep
+            )
+            memories = " | ".join(f"{size / 1e9:.0f} GB" for size in (ddp, fsdp, keep))
             print(f"| {preset} | {compute:.2f} s | {gradients / 1e9:.1f} GB | {exchange:.2f} s | {rate:.0f} "
-                  f"| {data / 1e9:.2f} GB/s | {ddp / 1e9:.0f} GB | {fsdp / 1e9:.0f} GB |")  # fmt: skip
+                  f"| {data / 1e9:.2f} GB/s | {memories} |")  # fmt: skip
     print(f"\ncaches of ImageNet's {IMAGENET} training images, mirrored ones too\n")
     print("| cache | per image | all |\n|---|---|---|")
     facts = [encoder_facts("dinov2_vitl14", size) for size in (518, 224)]

@@ -5,8 +5,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Dict, List, Set
 
 import torch
 
@@ -32,7 +32,7 @@ def process_seconds(*arguments: str) -> float:
     return time.perf_counter() - start
 
 
-def seconds_to_first_step(command: List[str], run_dir: Path) -> float:
+def seconds_to_first_step(command: list[str], run_dir: Path) -> float:
     """Seconds from the start of a training command to the first step in its run's metrics; the process is then ended.
 
     Raises:
@@ -65,7 +65,7 @@ def first_step(device: torch.device) -> float:
         return seconds_to_first_step([sys.executable, *QUICK_START, *options], run_dir)
 
 
-def imported_modules(*arguments: str) -> Set[str]:
+def imported_modules(*arguments: str) -> set[str]:
     """Names of all modules that `python ARGUMENTS` imports."""
     command = [sys.executable, "-X", "importtime", *arguments]
     result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -74,12 +74,12 @@ def imported_modules(*arguments: str) -> Set[str]:
 
 def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
     """All measurements as plain numbers; prints them."""
-    arms: Dict[str, Callable[[], float]] = {
+    arms: dict[str, Callable[[], float]] = {
         "--help": lambda: process_seconds(*HELP),
         "import torch": lambda: process_seconds("-c", "import torch"),
         "first step of the quick start": lambda: first_step(device),
     }
-    times: Dict[str, List[float]] = {name: [] for name in arms}
+    times: dict[str, list[float]] = {name: [] for name in arms}
     for i in range(arguments.rounds):
         for name, seconds in arms.items():
             if i < FIRST_STEP_ROUNDS or "first step" not in name:

@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from typing import Callable, Dict, List, Optional, Tuple
+from collections.abc import Callable
 
 import torch
 
@@ -22,14 +22,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def alternate(
-    arms: Dict[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1, at_least: float = 0.5
+    arms: dict[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1, at_least: float = 0.5
 ) -> dict:
     """Seconds of each arm in each round, after `warmup` rounds that are not counted: {name: [seconds] * rounds}.
 
     An arm that takes less than `at_least` seconds is run several times in a row, without waiting for the device in
     between, as a training does: the mean is what counts.
     """
-    times: Dict[str, List[float]] = {name: [] for name in arms}
+    times: dict[str, list[float]] = {name: [] for name in arms}
     repeats = dict.fromkeys(arms, 1)
     for i in range(warmup + rounds):
         for name, run in arms.items():
@@ -46,19 +46,17 @@ def alternate(
     return times
 
 
-def spread(values: List[float]) -> Tuple[float, float, float]:
+def spread(values: list[float]) -> tuple[float, float, float]:
     """(median, smallest, largest)."""
     return statistics.median(values), min(values), max(values)
 
 
-def ratio(numerator: List[float], denominator: List[float]) -> Tuple[float, float, float]:
+def ratio(numerator: list[float], denominator: list[float]) -> tuple[float, float, float]:
     """Median, smallest and largest of the ratios of each round."""
     return spread([a / b for a, b in zip(numerator, denominator)])
 
 
-def matmul_arm(
-    device: torch.device, dtype: torch.dtype, size: Optional[int] = None
-) -> Tuple[Callable[[], object], float]:
+def matmul_arm(device: torch.device, dtype: torch.dtype, size: int | None = None) -> tuple[Callable[[], object], float]:
     """The product of two square matrices: (an arm for `alternate`, its FLOPs).
 
     FLOPs over seconds is what this machine reaches now, the peak that a model's FLOP/s are compared with.
@@ -72,13 +70,13 @@ def matmul_arm(
     return lambda: torch.mm(a, b, out=product), 2.0 * size**3
 
 
-def report_seconds(times: Dict[str, List[float]], title: str) -> None:
+def report_seconds(times: dict[str, list[float]], title: str) -> None:
     print(f"\n{title}, median (smallest to largest) of {len(next(iter(times.values())))} rounds")
     for name, values in times.items():
         print("  {:<46} {:9.4f}  ({:.4f} to {:.4f})".format(name, *spread(values)))
 
 
-def report_ratios(rows: List[Tuple[str, Tuple[float, float, float], Optional[float]]]) -> dict:
+def report_ratios(rows: list[tuple[str, tuple[float, float, float], float | None]]) -> dict:
     """Print ratios (name, (median, smallest, largest), limit): at most `limit` is wanted, or at least, if negative."""
     print("ratios within a round")
     for name, values, limit in rows:
@@ -86,5 +84,6 @@ def report_ratios(rows: List[Tuple[str, Tuple[float, float, float], Optional[flo
         if limit is not None:
             met = values[0] <= limit if limit > 0 else values[0] >= -limit
             wanted = f"  at {'most' if limit > 0 else 'least'} {abs(limit):.2f}: {'yes' if met else 'NO'}"
-        print("  {:<46} {:9.3f}  ({:.3f} to {:.3f}){}".format(name, *values, wanted))
+        median, smallest, largest = values
+        print(f"  {name:<46} {median:9.3f}  ({smallest:.3f} to {largest:.3f}){wanted}")
     return {name: values for name, values, _ in rows}

@@ -5,8 +5,9 @@ import contextlib
 import multiprocessing
 import re
 import resource
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from train_flextok import FlexTokTrainer
 
+from ..data.batch import Batch
 from ..data.loader import GlobalBatchSampler
 from ..flextok_wrapper import FlexTokFromHub
 from ..model.builder import preset_config
@@ -37,28 +39,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_trainer(preset: str, device: torch.device, **settings) -> FlexTokTrainer:
-    """A trainer whose batches bring their latents (`latent_batch`); a published size with random weights, fine-tuned."""
+    """A trainer of a published size with random weights, whose batches bring their latents (`latent_batch`)."""
     config = dict(model=dict(preset=preset), img_size=IMG_SIZE, use_wandb=False, readout_weight=0.0, **settings)
     with torch.random.fork_rng(devices=[]):
         model = FlexTokFromHub(preset_config(preset, vae_hub_path=None))
     images = TensorDataset(torch.zeros(100_000, 1).expand(-1, 3)[:, :, None, None])
     sampler = GlobalBatchSampler(len(images), config.get("batch_size", 1), rank=rank(), world_size=world_size())
-    trainer = FlexTokTrainer(config, model, DataLoader(images, batch_sampler=sampler), None, device)
-    trainer.latent_cache = lambda batch, images, device: batch["latents"].to(device)
-    return trainer
+    return FlexTokTrainer(config, model, DataLoader(images, batch_sampler=sampler), None, device, load_encoder=False)
 
 
-def latent_batch(trainer: FlexTokTrainer, batch_size: int) -> dict:
-    """A batch as the loader gives it when all latents are cached."""
+def latent_batch(trainer: FlexTokTrainer, batch_size: int) -> Batch:
+    """A batch as the loader gives it when latents are cached."""
     vae = trainer.model.vae
     size = IMG_SIZE // vae.downsample_factor
     moments = torch.randn(batch_size, 2, vae.latent_channels, size, size, generator=torch.Generator().manual_seed(1))
-    return {"index": torch.arange(batch_size), "flip": torch.zeros(batch_size, dtype=torch.bool), "broken": [],
-            "position": torch.arange(batch_size), "split": "train", "latents": moments * 0.5}  # fmt: skip
+    return Batch(latents=moments * 0.5, position=torch.arange(batch_size))
 
 
 @contextlib.contextmanager
-def counted_flops(*parts: nn.Module) -> Iterator[List[int]]:
+def counted_flops(*parts: nn.Module) -> Iterator[list[int]]:
     """A list [n] whose n grows by the operations of the parts' forward passes: their matrix products.
 
     A linear layer takes 2 * inputs * outputs per token, attention 4 * queries * keys * width; what attention computes
@@ -100,19 +99,18 @@ def forward_flops(trainer: FlexTokTrainer) -> int:
 
 def step_arm(trainer: FlexTokTrainer, batch_size: int, dtype: torch.dtype) -> Callable[[], Any]:
     """Forward, backward, clipping and AdamW on a batch whose latents are given."""
-    batch = latent_batch(trainer, batch_size)
-    batch["latents"] = batch["latents"].to(trainer.device)
+    batch = latent_batch(trainer, batch_size).to(trainer.device)
 
     def step() -> None:
         trainer.autocast_dtype = None if dtype == torch.float32 else dtype
-        trainer.update([batch])
+        trainer.train_step([batch])
 
     return step
 
 
 def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
     """All measurements as plain numbers; prints them."""
-    result: Dict[str, Any] = {"preset": arguments.preset}
+    result: dict[str, Any] = {"preset": arguments.preset}
     if arguments.memory_batch_size:  # first, while nothing else takes memory
         result["memory"] = report_memory(arguments.preset, arguments.memory_batch_size, device)
     settings = dict(gradient_checkpointing=arguments.gradient_checkpointing)
@@ -149,7 +147,7 @@ KINDS = {  # of operations (on GPUs kernels), by what their names hold
 }
 
 
-def profile(step: Callable[[], Any], device: torch.device) -> Dict[str, float]:
+def profile(step: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Shares of a step's time by kind of operation, each in itself."""
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * (device.type == "cuda")) as profiler:
@@ -162,13 +160,13 @@ def profile(step: Callable[[], Any], device: torch.device) -> Dict[str, float]:
     return {kind: value / sum(seconds.values()) for kind, value in seconds.items()}
 
 
-def report_profile(shares: Dict[str, Dict[str, float]], batch_size: int) -> None:
+def report_profile(shares: dict[str, dict[str, float]], batch_size: int) -> None:
     print(f"\nwhere the time of a step with {batch_size} images goes, by PyTorch's profiler")
     for kind in next(iter(shares.values())):
         print(f"  {kind:<20}", "  ".join(f"{name} {parts[kind]:6.1%}" for name, parts in shares.items()))
 
 
-def report_steps(times: Dict[str, List[float]], flops: int, peak_flops: Dict[str, float]) -> Dict[str, dict]:
+def report_steps(times: dict[str, list[float]], flops: int, peak_flops: dict[str, float]) -> dict[str, dict]:
     """Per arm: images and operations per second, and their share of the peak of the same dtype and round."""
     arms = {}
     report_seconds(times, "seconds")
@@ -192,7 +190,7 @@ def report_steps(times: Dict[str, List[float]], flops: int, peak_flops: Dict[str
     return arms
 
 
-def step_ratios(arms: Dict[str, dict], times: Dict[str, List[float]], batch_sizes: List[int], dtypes: List[str]):
+def step_ratios(arms: dict[str, dict], times: dict[str, list[float]], batch_sizes: list[int], dtypes: list[str]):
     """Rows for report_ratios."""
     rows = []
     first, last = batch_sizes[0], batch_sizes[-1]
@@ -218,7 +216,7 @@ def step_ratios(arms: Dict[str, dict], times: Dict[str, List[float]], batch_size
 def kept_for_backward(run: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> int:
     """Bytes of the tensors that autograd keeps for the backward pass of `run()`, besides the parameters."""
     known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    sizes: Dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in known:
@@ -240,13 +238,13 @@ def process_peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def memory_of_a_step(preset: str, batch_size: int, device: torch.device, checkpointing: bool) -> Dict[str, int]:
+def memory_of_a_step(preset: str, batch_size: int, device: torch.device, checkpointing: bool) -> dict[str, int]:
     """Bytes: the process's (CPU) or allocator's (CUDA) peak over three fp32 steps, and what it is made of."""
     runtime = process_peak()
     trainer = build_trainer(preset, device, use_amp=False, gradient_checkpointing=checkpointing)
     batch = latent_batch(trainer, batch_size)
     for _ in range(3):
-        trainer.update([batch])
+        trainer.train_step([batch])
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak()
     nbytes = lambda tensors: sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # noqa: E731
     trained = nbytes(trainer.trained_parameters)
@@ -267,7 +265,7 @@ def _send_memory(connection, *arguments) -> None:
     connection.send(memory_of_a_step(*arguments))
 
 
-def in_fresh_processes(target: Callable, arguments: List[tuple]) -> Any:
+def in_fresh_processes(target: Callable, arguments: list[tuple]) -> Any:
     """What one of the processes that run `target(connection, *arguments[i])` sends, None if none does (killed)."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -284,7 +282,7 @@ def in_fresh_processes(target: Callable, arguments: List[tuple]) -> Any:
             process.join()
 
 
-def report_memory(preset: str, batch_size: int, device: torch.device) -> Dict[str, dict]:
+def report_memory(preset: str, batch_size: int, device: torch.device) -> dict[str, dict]:
     result = {}
     for name, checkpointing, limit in (("fp32", False, 13e9), ("fp32, gradient checkpointing", True, 7e9)):
         parts = in_fresh_processes(_send_memory, [(preset, batch_size, device, checkpointing)])

@@ -1,15 +1,18 @@
 """Folders of images: find the files, split them, read any of them as RGB, serve them as tensors in [-1, 1]."""
 
+import errno
 import hashlib
 import logging
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Iterable, Optional, Sequence, Union
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from ..utils.errors import UserError
@@ -23,12 +26,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # no EPS: Pillow would 
 # A 20000 x 10000 panorama passes; decoded, it takes 4 bytes per pixel in Pillow.
 MAX_PIXELS = 250_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow itself would refuse from 179 million
+# Compressed texts and colour profiles of PNG files: Pillow would refuse an image for one of more than 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB
 
 CELEBAHQ_SIZE = 30_000
+# Sub-folders that hold the images where the folder itself holds none: the second and third are CelebAMask-HQ's.
+IMAGE_FOLDERS = ("images", "CelebA-HQ-img", "CelebAMask-HQ/CelebA-HQ-img")
 
 # An image by its index, or (index, optimizer step, position in the global batch of that step).
-Item = Union[int, tuple[int, int, int]]
-FILLER = -1  # position of an image that only keeps a process in step with the others
+Item = int | tuple[int, int, int]
 
 
 class NoReadableImage(UserError, RuntimeError):
@@ -38,12 +44,19 @@ class NoReadableImage(UserError, RuntimeError):
 class BrokenImage(Exception):
     """The image file at `path` cannot be read, for `reason`."""
 
-    def __init__(self, path: Union[str, Path], reason: str):
+    def __init__(self, path: str | Path, reason: str):
         super().__init__(path, reason)
         self.path, self.reason = Path(path), reason
 
     def __str__(self) -> str:
         return f"cannot read the image {self.path}: {self.reason}"
+
+
+class BrokenFile(NamedTuple):
+    """A file that was skipped because it cannot be read, and why."""
+
+    path: str
+    reason: str
 
 
 def _natural_key(name: str) -> tuple:
@@ -64,18 +77,19 @@ def _log_unreadable_folder(error: OSError) -> None:
     logger.warning("cannot read the folder %s (%s): its images are left out", error.filename, error.strerror)
 
 
-def list_images(folder: Union[str, Path], setting: str = "data_path") -> list[Path]:
+def list_images(folder: str | Path, setting: str = "data_path") -> list[Path]:
     """The image files in `folder` and its sub-folders, in an order that does not depend on the file system.
 
-    If `folder` has no image directly but a sub-folder `images`, only that sub-folder is taken. Hidden files and
-    folders are skipped; linked folders are followed, each real folder once; a broken link is named in the log. The
-    order is by number if all stems are numbers (CelebA-HQ: 2.jpg before 10.jpg), else natural (a2 before a10).
+    If `folder` has no image directly but a sub-folder of IMAGE_FOLDERS, only that sub-folder is taken. Hidden files
+    and folders are skipped; linked folders are followed, each real folder once; a broken link is named in the log. The
+    order is by number if all stems are numbers (CelebA-HQ: 2.jpg before 10.jpg), else natural (a2 before a10). Where
+    images come from sub-folders, the log says from which.
 
     Raises:
         FileNotFoundError: No such folder, or no image in it.
         NotADirectoryError: `folder` is a file.
     """
-    root = Path(folder).expanduser()
+    given = root = Path(folder).expanduser()
     if not root.exists():
         raise FileNotFoundError(
             f"{setting} is {root}, which does not exist (working directory: {Path.cwd()}): "
@@ -83,8 +97,9 @@ def list_images(folder: Union[str, Path], setting: str = "data_path") -> list[Pa
         )
     if not root.is_dir():
         raise NotADirectoryError(f"{setting} is {root}, a file: set it to the folder that holds your images")
-    if (root / "images").is_dir() and not any(_is_image_file(path) for path in root.iterdir()):
-        root = root / "images"
+    inner = next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), None)
+    if inner is not None and not any(_is_image_file(path) for path in root.iterdir()):
+        root = inner
 
     paths, seen = [], set()
     for parent, folders, files in os.walk(root, followlinks=True, onerror=_log_unreadable_folder):
@@ -100,6 +115,7 @@ def list_images(folder: Union[str, Path], setting: str = "data_path") -> list[Pa
             f"no images in {root} or its sub-folders: expected files that end in {', '.join(EXTENSIONS)}; "
             f"check {setting}"
         )
+    _log_sub_folders(given, root, paths, setting)
 
     by_number = all(path.stem.isdecimal() for path in paths)
 
@@ -107,6 +123,18 @@ def list_images(folder: Union[str, Path], setting: str = "data_path") -> list[Pa
         return int(path.stem) if by_number else 0, _natural_key(path.relative_to(root).as_posix())
 
     return sorted(paths, key=sort_key)
+
+
+def _log_sub_folders(given: Path, root: Path, paths: Sequence[Path], setting: str) -> None:
+    """Say which sub-folders of `given` the images come from, where that is not plain."""
+    if root != given and len([path for path in given.iterdir() if path.is_dir()]) > 1:
+        logger.info("%s %s: only the %d images of its folder %s are taken", setting, given, len(paths),
+                    root.relative_to(given))  # fmt: skip
+    counts = Counter(path.relative_to(root).parts[0] if path.parent != root else "." for path in paths)
+    if len(counts) > 1:
+        largest = ", ".join(f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda item: -item[1])[:5])
+        more = f" and {len(counts) - 5} more" if len(counts) > 5 else ""
+        logger.info("%s %s: %d images of all its folders are taken: %s%s", setting, root, len(paths), largest, more)
 
 
 def split_paths(
@@ -134,8 +162,6 @@ def split_paths(
         n_train = n - n_val - n_test
         return list(paths[:n_train]), list(paths[n_train : n_train + n_val]), list(paths[n_train + n_val :])
 
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}: expected at least 0 and less than 1")
     n_val = min(max(round(n * val_fraction), 1), n - 1) if val_fraction > 0 and n > 1 else 0
     chosen = set(torch.randperm(n, generator=generator(seed, "split"))[:n_val].tolist())
     train = [path for i, path in enumerate(paths) if i not in chosen]
@@ -146,18 +172,15 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale a grey image of more than 8 bits to mode L.
 
     Unsigned 16-bit files are scaled from 0..65535. In modes I and F, where the file does not say what white is, it
-    is the least of 1 (F only), 255 and 65535 that no value exceeds; with negative or larger values, the image's own
-    minimum and maximum become black and white.
+    is the least of 1 (F only), 255 and 65535 that no value exceeds, else the largest value; with negative values, the
+    image's own minimum and maximum become black and white.
     """
     values = np.array(image, dtype=np.float32)  # changed in place from here: such images can be huge
     np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
-    lowest, highest = float(values.min()), float(values.max())
-    black, white = 0.0, 65535.0
-    if lowest < 0 or highest > 65535:
-        black, white = lowest, highest
-    elif not image.mode.startswith("I;16"):
-        levels = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        white = next(level for level in levels if highest <= level)
+    black, white = min(0.0, float(values.min())), float(values.max())
+    if black == 0:
+        levels = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, (65535.0,))
+        white = next((level for level in levels if white <= level), white)
     values -= black
     values *= 255 / ((white - black) or 1.0)
     return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
@@ -174,7 +197,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def load_image(path: Union[str, Path], min_size: Optional[int] = None) -> Image.Image:
+def load_image(path: str | Path, min_size: int | None = None) -> Image.Image:
     """Read an image file of any mode as 8-bit RGB.
 
     It is upright by its EXIF tag, transparency is laid over white, and of several frames the first is taken.
@@ -203,6 +226,8 @@ def load_image(path: Union[str, Path], min_size: Optional[int] = None) -> Image.
     except UnidentifiedImageError:
         raise BrokenImage(path, "empty, damaged, or not a JPEG, PNG, WebP, BMP, TIFF or GIF image") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and others
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # too many open files: not the image's fault
+            raise
         raise BrokenImage(path, f"{type(error).__name__}: {error}") from error
 
 
@@ -223,7 +248,7 @@ def image_to_tensor(image: Image.Image, size: int, crop: tuple[float, float] = (
     side = min(image.size)
     # Only the window is computed: a 1 x 20000 image scaled as a whole would not fit in memory.
     corner = []
-    for length, place in zip(image.size, crop):
+    for length, place in zip(image.size, crop, strict=True):
         offset = round(place * ((length - side) * size // side))
         corner.append(min(offset * side / size, length - side))
     box = (corner[0], corner[1], corner[0] + side, corner[1] + side)
@@ -237,26 +262,6 @@ def resolve_item(item: Item, n_images: int) -> tuple[int, int, int, bool]:
         return range(n_images)[index], step, position, True
     index = range(n_images)[item]
     return index, 0, index, False
-
-
-def collate(items: Sequence[dict]) -> dict:
-    """Join dataset items into a batch.
-
-    Returns:
-        `image` float32 [B, 3, S, S] if the items have images, `index` and `position` long [B], `flip` bool [B],
-        `broken` list of paths, `filler`: whether the batch counts for nothing.
-    """
-    filler = items[0]["position"] == FILLER
-    batch = {
-        "index": torch.tensor([item["index"] for item in items]),
-        "position": torch.tensor([0 if filler else item["position"] for item in items]),
-        "flip": torch.tensor([item["flip"] for item in items]),
-        "broken": [path for item in items for path in item["broken"]],
-        "filler": filler,
-    }
-    if "image" in items[0]:
-        batch["image"] = torch.stack([item["image"] for item in items])
-    return batch
 
 
 def drawn_flip(seed: int, step: int, position: int) -> bool:
@@ -282,7 +287,7 @@ class ImageFolderDataset(Dataset):
     - `index`: index of the image served. A file that cannot be read is replaced by the next one that can.
     - `position`: place in the global batch; the index itself for a plain index.
     - `flip`: whether the image is mirrored.
-    - `broken`: paths of the files that were skipped to serve this item.
+    - `broken`: the files that were skipped to serve this item, each a BrokenFile.
 
     Args:
         paths: Image files; at least one.
@@ -297,16 +302,12 @@ class ImageFolderDataset(Dataset):
 
     def __init__(
         self,
-        paths: Sequence[Union[str, Path]],
+        paths: Sequence[str | Path],
         img_size: int,
         flip: bool = False,
         random_crop: bool = False,
         seed: int = 0,
     ):
-        if not paths:
-            raise ValueError("paths is empty: a dataset needs at least one image")
-        if img_size < 1:
-            raise ValueError(f"img_size is {img_size}: expected at least 1")
         self.paths = [Path(path) for path in paths]
         self.img_size, self.flip, self.random_crop, self.seed = img_size, flip, random_crop, seed
         root = os.path.commonpath([path.parent for path in self.paths])
@@ -329,25 +330,25 @@ class ImageFolderDataset(Dataset):
             "broken": broken,
         }
 
-    def _read_from(self, first: int) -> tuple[int, Image.Image, tuple[str, ...]]:
-        """The first readable image at or after `first`, cyclically: (index, image, paths skipped)."""
+    def _read_from(self, first: int) -> tuple[int, Image.Image, tuple[BrokenFile, ...]]:
+        """The first readable image at or after `first`, cyclically: (index, image, files skipped)."""
         broken = []
         for offset in range(len(self)):
             index = (first + offset) % len(self)
             try:
-                return index, load_image(self.paths[index], self.img_size), tuple(map(str, broken))
+                return index, load_image(self.paths[index], self.img_size), tuple(broken)
             except BrokenImage as error:
-                broken.append(self.paths[index])
-                last_error = error
+                broken.append(BrokenFile(str(error.path), error.reason))
         raise NoReadableImage(
-            f"none of the {len(self)} images of the dataset can be read (last: {last_error}): "
-            "check that data_path is still there and holds images"
+            f"none of the {len(self)} images of the dataset can be read (the first, {broken[0].path}: "
+            f"{broken[0].reason}): check that data_path is still there and holds images"
         )
 
     def identity(self) -> str:
         """Fingerprint of what the dataset holds: names and sizes of files, img_size, random_crop. Reads no file."""
         settings = f"{self.img_size} {self.random_crop}"
-        return digest([settings, *(f"{name} {_file_size(path)}" for name, path in zip(self.names, self.paths))])
+        files = zip(self.names, self.paths, strict=True)
+        return digest([settings, *(f"{name} {_file_size(path)}" for name, path in files)])
 
     def content_probe(self, n: int = 512) -> str:
         """Fingerprint of the first and last 4 kB of n files, evenly spread, beyond names and sizes."""

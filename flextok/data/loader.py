@@ -3,9 +3,12 @@
 import atexit
 import logging
 import math
+import multiprocessing.queues
+import resource
 import signal
 import weakref
-from typing import Any, Iterable, Iterator, Optional, Union
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -14,9 +17,9 @@ from ..utils.config import ConfigError
 from ..utils.errors import UserError
 from ..utils.processes import rank, world_size
 from ..utils.random import generator
-from .caching import CachedDataset
+from .batch import FILLER, Batch, collate
 from .digits import Digits
-from .images import FILLER, ImageFolderDataset, collate, list_images, split_paths
+from .images import BrokenFile, ImageFolderDataset, list_images, split_paths
 from .photos import PhotoCrops
 
 logger = logging.getLogger(__name__)
@@ -114,13 +117,79 @@ class GlobalBatchSampler(Sampler):
                 yield batch or [(order[start], step, FILLER)]
 
 
-def _ignore_stop_signals(worker_id: int) -> None:
-    """Signals that go to a whole group of processes are for the training process to act on, and it needs its batches.
+class LoaderError(UserError, RuntimeError):
+    """The processes that load images cannot hand over their batches, or died."""
 
-    A worker whose training process is gone ends by itself within seconds (PyTorch looks after that).
+
+class _Unsent(NamedTuple):
+    """What a worker sends in place of a batch that it could not put into shared memory."""
+
+    reason: str
+
+
+def _send_reason(queue: multiprocessing.queues.Queue, error: Exception, item: tuple) -> None:
+    """Send the reason in place of the batch; by default it is printed and the training process waits for ever."""
+    queue.put((item[0], _Unsent(str(error))))
+
+
+def _prepare_worker(worker_id: int) -> None:
+    """Let a loader's process report batches that it cannot send, and leave stop signals to the training process.
+
+    Those go to a whole group of processes, and the training process needs its batches to act on them. A worker whose
+    training process is gone ends by itself within seconds (PyTorch looks after that).
     """
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_reason
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
+
+
+# Parts of what PyTorch and Python say where descriptors or shared memory are used up, or a process was killed.
+_NO_FILES = ("too many open files", "items of ancdata")
+_NO_MEMORY = ("shared memory", "bus error", "unable to resize file", "no space left on device")
+_KILLED = ("exited unexpectedly", "killed by signal", "connectionreset", "connectionrefused", "eoferror")
+
+
+class BatchLoader(DataLoader):
+    """A DataLoader that says what to do where its processes cannot hand over their batches, or died.
+
+    Iterating raises LoaderError then. A batch that is kept holds one file descriptor for each of its large tensors.
+    """
+
+    def __init__(self, dataset: Dataset, *arguments: Any, **settings: Any):
+        super().__init__(dataset, *arguments, worker_init_fn=_prepare_worker, **settings)
+        _loaders.add(self)
+
+    def __iter__(self) -> Iterator:
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, _Unsent):
+                    raise RuntimeError(batch.reason)
+                yield batch.map(_unshared) if isinstance(batch, Batch) else batch
+        except (RuntimeError, OSError, EOFError) as error:
+            advice = self._advice(f"{type(error).__name__}: {error}".lower())
+            if isinstance(error, UserError) or self.num_workers == 0 or advice is None:
+                raise
+            raise LoaderError(
+                f"the processes that load images cannot go on: {advice}, or lower num_workers (now {self.num_workers}; "
+                "0 loads in the training process)"
+            ) from error
+
+    @staticmethod
+    def _advice(reason: str) -> str | None:
+        """What to do about a failure for this reason; None if it is not one of handing over batches."""
+        if any(text in reason for text in _NO_FILES):
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            return f"too many files are open. Raise the limit in the shell (ulimit -n, now {limit})"
+        if any(text in reason for text in _NO_MEMORY):
+            return "there is no room in the shared memory (/dev/shm). Give a container more (docker run --shm-size=8g)"
+        if any(text in reason for text in _KILLED):
+            return "one of them was killed, perhaps for want of memory. Give the machine or the container more"
+        return None
+
+
+def _unshared(value: Any) -> Any:
+    """A small tensor out of the shared memory, where each costs a file descriptor; anything else as it is."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.ndim == 1 and value.is_shared() else value
 
 
 _loaders: "weakref.WeakSet[DataLoader]" = weakref.WeakSet()
@@ -137,31 +206,28 @@ def _end_workers() -> None:
 
 
 def build_loader(
-    dataset: Dataset, sampler: GlobalBatchSampler, num_workers: int, device: Union[str, torch.device]
+    dataset: Dataset, sampler: GlobalBatchSampler, num_workers: int, device: str | torch.device
 ) -> DataLoader:
     """A loader of the sampler's micro-batches, collated; pinned memory on CUDA only.
 
     Batches do not depend on `num_workers`. PyTorch gives each worker one thread. With workers, up to two batches per
     worker are read ahead.
     """
-    loader = DataLoader(
+    return BatchLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=dataset.collate if isinstance(dataset, CachedDataset) else collate,
+        collate_fn=getattr(dataset, "collate", collate),
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=num_workers > 0,
         prefetch_factor=2 if num_workers > 0 else None,
-        worker_init_fn=_ignore_stop_signals,
         generator=torch.Generator(),  # else every epoch would draw the workers' seed from the global random state
     )
-    _loaders.add(loader)
-    return loader
 
 
 def build_loaders(
-    config: Any, train_dataset: Dataset, val_dataset: Optional[Dataset], device: Union[str, torch.device]
-) -> tuple[DataLoader, Optional[DataLoader]]:
+    config: Any, train_dataset: Dataset, val_dataset: Dataset | None, device: str | torch.device
+) -> tuple[DataLoader, DataLoader | None]:
     """The loaders of a configuration: training batches by address, validation batches in order (None if no dataset).
 
     Args:
@@ -180,10 +246,8 @@ def build_loaders(
     return train_loader, build_loader(val_dataset, sampler, config.num_workers, device)
 
 
-def build_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
+def build_datasets(config: Any) -> tuple[Dataset, Dataset | None]:
     """The training and the validation dataset of a configuration; no validation dataset if its split is empty.
-
-    With `cache_latents`, or `use_repa` and `repa_cache`, they are CachedDatasets.
 
     Args:
         config: Has dataset_name (`digits`, `photos`, `celebahq`, or any other name for a folder), data_path, val_path,
@@ -194,13 +258,6 @@ def build_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
         ConfigError: No data_path, or a folder of one image, of which none is left to validate.
         FileNotFoundError, NotADirectoryError: There is no such folder, or no image in it.
     """
-    train, val = _build_image_datasets(config)
-    if config.cache_latents or (config.use_repa and config.repa_cache):
-        return CachedDataset(train, "train"), CachedDataset(val, "val") if val is not None else None
-    return train, val
-
-
-def _build_image_datasets(config: Any) -> tuple[Dataset, Optional[Dataset]]:
     if config.dataset_name == "photos":
         train = PhotoCrops(
             "train", config.img_size, config.photos_train_crops, flip=config.use_augmentation, seed=config.seed
@@ -237,7 +294,7 @@ class TooManyBrokenFiles(UserError, RuntimeError):
 
 
 class BrokenFiles:
-    """Counts the different files that could not be read, and names each once in the log.
+    """Counts the different files that could not be read, and names each once in the log, with the reason.
 
     More than 1 % of the dataset's files stop the run; one file never does, however small the dataset.
 
@@ -247,24 +304,24 @@ class BrokenFiles:
 
     def __init__(self, n_images: int):
         self.n_images = n_images
-        self.paths: list[str] = []
+        self.reasons: dict[str, str] = {}  # by path
 
     @property
     def count(self) -> int:
-        return len(self.paths)
+        return len(self.reasons)
 
-    def add(self, paths: Iterable[str]) -> None:
-        """Take note of a batch's `broken` paths.
+    def add(self, files: Iterable[BrokenFile]) -> None:
+        """Take note of a batch's `broken` files.
 
         Raises:
             TooManyBrokenFiles: With this, more than max(1, 1 % of the images) are broken.
         """
-        for path in paths:
-            if path not in self.paths:
-                self.paths.append(path)
-                logger.warning("cannot read the image %s: another takes its place", path)
+        for path, reason in files:
+            if path not in self.reasons:
+                self.reasons[path] = reason
+                logger.warning("cannot read the image %s: %s; another takes its place", path, reason)
         if self.count > max(1, self.n_images / 100):
-            shown = "\n".join(self.paths[:20])
+            shown = "\n".join(f"{path}: {reason}" for path, reason in list(self.reasons.items())[:20])
             more = f"\nand {self.count - 20} more" if self.count > 20 else ""
             raise TooManyBrokenFiles(
                 f"{self.count} of {self.n_images} images cannot be read, more than 1 %: "

@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import random
 from pathlib import Path
-from typing import List, Optional
 
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
@@ -40,14 +39,14 @@ def base_emoji(code: str) -> str:
     return "-".join("1F9D1" if p in PERSONS else p for p in points) or code
 
 
-def split_codes(codes: List[str]) -> "tuple[list[str], list[str]]":
+def split_codes(codes: list[str]) -> "tuple[list[str], list[str]]":
     """(training, validation) codes; about a tenth of the base emoji validate, always the same ones."""
     bases = sorted({base_emoji(code) for code in codes})
     chosen = set(random.Random(SPLIT_SEED).sample(bases, round(len(bases) * VAL_FRACTION)))
     return [c for c in codes if base_emoji(c) not in chosen], [c for c in codes if base_emoji(c) in chosen]
 
 
-def render(code: str, font: ImageFont.FreeTypeFont, size: int, variant: int = 0) -> Optional[Image.Image]:
+def render(code: str, font: ImageFont.FreeTypeFont, size: int, variant: int = 0) -> Image.Image | None:
     """One emoji centred on white, RGB [size, size]; None if the font has no single glyph for it.
 
     Variants from 1 on are turned, scaled and moved, by amounts drawn from the code and the variant's number.
@@ -68,11 +67,13 @@ def render(code: str, font: ImageFont.FreeTypeFont, size: int, variant: int = 0)
         canvas = canvas.rotate(angle, Image.Resampling.BICUBIC, translate=shift, fillcolor="white")
         margin = (side - side / zoom) / 2
         box = (margin, margin, side - margin, side - margin)
-        canvas = canvas.transform((side, side), Image.Transform.EXTENT, box, Image.Resampling.BICUBIC, fillcolor="white")
+        canvas = canvas.transform(
+            (side, side), Image.Transform.EXTENT, box, Image.Resampling.BICUBIC, fillcolor="white"
+        )
     return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m flextok.data.openmoji", description="Write a folder of emoji.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets train/ and val/")
     parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of the images (default: 64)")

@@ -12,9 +12,10 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Collection, Iterator, Optional, Sequence, Union
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def _describe(key: dict, n_images: int, flips: int, shape: Sequence[int], dtype:
     return json.loads(json.dumps({**meta, "key": key}))
 
 
-def _read_meta(folder: Path) -> Optional[dict]:
+def _read_meta(folder: Path) -> dict | None:
     """Content of meta.json, None without one; CacheError if it is not one of this format."""
     path = folder / META
     try:
@@ -170,7 +171,7 @@ class RecordCache:
 
     @classmethod
     def open(
-        cls, folder: Union[str, Path], key: dict, n_images: int, flips: int, shape: Sequence[int],
+        cls, folder: str | Path, key: dict, n_images: int, flips: int, shape: Sequence[int],
         dtype: str = "float16", optional: Collection[str] = (),
     ) -> Optional["RecordCache"]:  # fmt: skip
         """The cache in `folder`, None if there is none (or only what a killed `create` left).
@@ -194,7 +195,7 @@ class RecordCache:
 
     @classmethod
     def create(
-        cls, folder: Union[str, Path], key: dict, n_images: int, flips: int, shape: Sequence[int],
+        cls, folder: str | Path, key: dict, n_images: int, flips: int, shape: Sequence[int],
         dtype: str = "float16", optional: Collection[str] = (),
     ) -> "RecordCache":  # fmt: skip
         """Make a cache without records and reserve its space on disk; the arguments are those of `open`.
@@ -261,7 +262,7 @@ class RecordCache:
         """Whether each image's records can be read, bool [B]."""
         return self._states(self._check_indices(indices)) == STORED
 
-    def missing(self, start: int = 0, stop: Optional[int] = None) -> np.ndarray:
+    def missing(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Indices from start to stop - 1 of the images that are neither stored nor unreadable, ascending."""
         return start + np.flatnonzero(self._states(slice(start, stop)) == MISSING)
 
@@ -286,7 +287,7 @@ class RecordCache:
             "delete this folder"
         )
 
-    def read(self, indices: Any, flips: Any = 0, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def read(self, indices: Any, flips: Any = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """Copy records from the map into a new tensor [B, *shape], or into `out`, a contiguous one of that kind.
 
         Args:
@@ -312,7 +313,7 @@ class RecordCache:
         np.take(self._records, indices * self.flips + flips, axis=0, out=rows, mode="clip")  # "raise" would copy twice
         return out
 
-    def write(self, indices: Any, values: Union[torch.Tensor, np.ndarray]) -> None:
+    def write(self, indices: Any, values: torch.Tensor | np.ndarray) -> None:
         """Write all records of some images; those that are stored or unreadable already are left as they are.
 
         Args:

@@ -4,7 +4,6 @@ import argparse
 import logging
 import re
 from pathlib import Path
-from typing import List, Optional
 
 from ..utils.config import ConfigError
 from ..utils.devices import chosen_device
@@ -61,7 +60,7 @@ def default_folder(checkpoint: str) -> Path:
     return Path("evaluation", re.sub(r"[^\w.-]+", "_", checkpoint).strip("_."))
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flextok.evaluation",
         description="Evaluate a FlexTok model: reconstruction by token count, alignment, codes; writes report.html.",

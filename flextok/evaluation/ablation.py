@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 from ..training.config import TrainConfig, load_config, parse_yaml
 from ..utils.config import ConfigError
@@ -37,7 +37,7 @@ NAMED_ARMS = {
 CURVES = ("train/flow_loss", "train/repa_loss")  # and val/flow_loss, val/repa_loss
 
 
-def parse_arms(text: str) -> Dict[str, Dict[str, Any]]:
+def parse_arms(text: str) -> dict[str, dict[str, Any]]:
     """Arms by name: `baseline`, `repa`, `irepa`, or settings `KEY=VALUE+KEY=VALUE`, with a name as `NAME:KEY=VALUE`.
 
     Settings of REPA (`repa_...`) without `use_repa` switch it on.
@@ -45,7 +45,7 @@ def parse_arms(text: str) -> Dict[str, Dict[str, Any]]:
     Raises:
         ConfigError: An unknown arm, a setting that is no KEY=VALUE, a name given twice, or fewer than one arm.
     """
-    arms: Dict[str, Dict[str, Any]] = {}
+    arms: dict[str, dict[str, Any]] = {}
     for part in re.split(r",(?![^\[]*\])", text):  # commas within [ ] belong to a value
         name, _, settings = (
             part.strip().rpartition(":") if re.match(r"[\w.-]+:[\w.]+=", part.strip()) else ("", "", part.strip())
@@ -78,8 +78,8 @@ class Ablation:
     """
 
     def __init__(
-        self, config: Path, arms: Dict[str, Dict[str, Any]], seeds: List[int], overrides: List[str],
-        evaluation: List[str], folder: Path,
+        self, config: Path, arms: dict[str, dict[str, Any]], seeds: list[int], overrides: list[str],
+        evaluation: list[str], folder: Path,
     ):  # fmt: skip
         self.config, self.arms, self.seeds, self.overrides = config, arms, seeds, overrides
         self.evaluation, self.folder = evaluation, folder
@@ -87,7 +87,7 @@ class Ablation:
             for seed in seeds:
                 self._config(name, seed)
 
-    def _overrides(self, name: str, seed: int) -> List[str]:
+    def _overrides(self, name: str, seed: int) -> list[str]:
         settings = {**self.arms[name], "seed": seed, "use_wandb": False}
         return [*self.overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
 
@@ -143,7 +143,7 @@ class Ablation:
         write_json(folder / "arm.json", {**arm, "about": about})
         return arm
 
-    def _call(self, arguments: List[str], output: Path, cost_file: Optional[Path] = None) -> dict:
+    def _call(self, arguments: list[str], output: Path, cost_file: Path | None = None) -> dict:
         """Run Python in a process of its own: seconds and peak memory, summed over the times it was started."""
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TRAINER.parent), os.environ.get("PYTHONPATH", "")])}
         start, usage = time.perf_counter(), None
@@ -174,7 +174,7 @@ def read_curves(path: Path) -> dict:
     """The losses of a metrics.jsonl: lists for the training steps, [step, value] pairs for validation."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [record for record in records if "train/flow_loss" in record]
-    curves: Dict[str, Any] = {"step": [record["step"] for record in steps]}
+    curves: dict[str, Any] = {"step": [record["step"] for record in steps]}
     for name in CURVES:
         curves[name] = [record.get(name) for record in steps]
         validation = name.replace("train/", "val/")
@@ -182,7 +182,7 @@ def read_curves(path: Path) -> dict:
     return curves
 
 
-def parse_command_line(argv: Optional[List[str]]) -> Tuple[argparse.Namespace, List[str]]:
+def parse_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and those among them that are for the evaluation."""
     parser = argparse.ArgumentParser(
         prog="python -m flextok.evaluation.ablation",
@@ -206,7 +206,7 @@ def parse_command_line(argv: Optional[List[str]]) -> Tuple[argparse.Namespace, L
     return arguments, _as_arguments(given.parse_known_args(argv)[0])
 
 
-def _as_arguments(options: argparse.Namespace) -> List[str]:
+def _as_arguments(options: argparse.Namespace) -> list[str]:
     """What was given, as a command line."""
     result = []
     for name, value in sorted(vars(options).items()):
@@ -220,7 +220,7 @@ def _as_arguments(options: argparse.Namespace) -> List[str]:
     return result
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     arguments, evaluation = parse_command_line(argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.data is None:

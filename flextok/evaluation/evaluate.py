@@ -7,16 +7,16 @@ import json
 import logging
 import resource
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data.images import collate
-from ..data.loader import BrokenFiles
-from ..model.utils.repa_encoders import FrozenEncoder, encoder_dtype, load_encoder
+from ..data.batch import collate
+from ..data.loader import BatchLoader, BrokenFiles
+from ..model.utils.repa_encoders import FrozenEncoder, encoder_dtype
+from ..model.utils.repa_loss import load_encoder, normalised_target_sum
 from ..training.pictures import save_grid
 from ..training.token_use import tokens_warning
 from ..utils.config import ConfigError
@@ -50,16 +50,16 @@ class Options:
             7.5, APG, 25.
     """
 
-    tokens: Optional[List[int]] = None
+    tokens: list[int] | None = None
     seed: int = 0
     batch_size: int = 16
     num_workers: int = 0
-    encoder: Optional[str] = None
-    encoder_weights: Optional[str] = None
-    encoder_image_size: Optional[int] = None
-    inference_steps: Optional[int] = None
-    guidance_scale: Optional[float] = None
-    norm_guidance: Optional[bool] = None
+    encoder: str | None = None
+    encoder_weights: str | None = None
+    encoder_image_size: int | None = None
+    inference_steps: int | None = None
+    guidance_scale: float | None = None
+    norm_guidance: bool | None = None
     device: str = "cpu"
     use_amp: bool = True
 
@@ -92,7 +92,7 @@ class Evaluator:
             guidance_scale=choose(options.guidance_scale, "guidance_scale", 7.5),
             perform_norm_guidance=choose(options.norm_guidance, "perform_norm_guidance", True),
         )
-        self.skipped: Dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
         self.broken = BrokenFiles(len(images))
         self.encoder = self._load_encoder()
         self.lpips = self._or_skip("lpips", metrics.load_lpips)
@@ -180,7 +180,7 @@ class Evaluator:
         write_json(self.folder / "results.json", results)
         return results
 
-    def _part(self, file: Path, compute: Callable[[], Optional[dict]]) -> Optional[dict]:
+    def _part(self, file: Path, compute: Callable[[], dict | None]) -> dict | None:
         """What `compute` gives, and notes as skipped, from its file if an earlier run got that far."""
         stored = read_json(file)
         if stored is None:
@@ -207,13 +207,13 @@ class Evaluator:
 
     # ----------------------------------------------------------------------------------------------- reconstruction
 
-    def _batches(self, images: ImageSet, text: str) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, images: ImageSet, text: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(indices, images on the device) of a set, in order."""
         options = self.options
-        loader = DataLoader(images.dataset, options.batch_size, num_workers=options.num_workers, collate_fn=collate)
+        loader = BatchLoader(images.dataset, options.batch_size, num_workers=options.num_workers, collate_fn=collate)
         for batch in tqdm(loader, desc=text, unit="batch", leave=False, dynamic_ncols=True):
-            self.broken.add(batch["broken"])
-            yield batch["position"], batch["image"].to(self.device)
+            self.broken.add(batch.broken)
+            yield batch.position, batch.images.to(self.device)
 
     def _autocast(self):
         return precision(self.device, self.dtype)
@@ -221,10 +221,10 @@ class Evaluator:
     def _random(self, indices: torch.Tensor) -> BatchRandom:
         return BatchRandom(self.options.seed, 0, indices.to(self.device), len(self.images))
 
-    def _encode(self, images: ImageSet) -> Dict[str, torch.Tensor]:
+    def _encode(self, images: ImageSet) -> dict[str, torch.Tensor]:
         """Latents [N, C, h, w], tokens [N, L] and quantised registers [N, L, c] of a set, on the CPU."""
         vae, regularizer = self.model.vae, self.model.regularizer
-        parts: Dict[str, list] = {"latents": [], "tokens": [], "quants": []}
+        parts: dict[str, list] = {"latents": [], "tokens": [], "quants": []}
         for indices, batch in self._batches(images, "encode"):
             with self._autocast():
                 data = self.model.encode({vae.images_read_key: batch, RANDOM_KEY: self._random(indices)})
@@ -233,7 +233,7 @@ class Evaluator:
                 part.append(data[key].float().cpu() if data[key].is_floating_point() else data[key].cpu())
         return {name: torch.cat(values) for name, values in parts.items()}
 
-    def _decode(self, k, indices: torch.Tensor, encoded: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _decode(self, k, indices: torch.Tensor, encoded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images in [-1, 1] and latents from the first k tokens; from the latents themselves if k is VAE."""
         vae, pipeline = self.model.vae, self.model.pipeline
         latents = encoded["latents"][indices].to(self.device)
@@ -252,7 +252,7 @@ class Evaluator:
         """The encoder's features, mean over positions: float64 [B, C]."""
         return metrics.pooled_features(self.encoder(images).double())
 
-    def _original_features(self) -> Dict[str, metrics.FeatureStatistics]:
+    def _original_features(self) -> dict[str, metrics.FeatureStatistics]:
         """Statistics of the originals' features, which every token count is compared with."""
         statistics = {"fd": metrics.FeatureStatistics(self.encoder.dim)}
         if self.inception is not None:
@@ -269,9 +269,9 @@ class Evaluator:
             return {}
         return statistics
 
-    def _reconstruct(self, k, encoded: dict, originals: Dict[str, metrics.FeatureStatistics]) -> dict:
+    def _reconstruct(self, k, encoded: dict, originals: dict[str, metrics.FeatureStatistics]) -> dict:
         """Metrics of the reconstructions from k tokens."""
-        per_image: Dict[str, list] = {}
+        per_image: dict[str, list] = {}
         frechet = {name: metrics.FrechetFeatures(real.dim, real) for name, real in originals.items()}
         label = "VAE" if k == VAE else f"{k} tokens"
         for indices, images in self._batches(self.images, label):
@@ -343,7 +343,7 @@ class Evaluator:
         encoded["layers"] = torch.cat(pooled)
         return encoded["layers"]
 
-    def _alignment(self, encoded: dict) -> Optional[dict]:
+    def _alignment(self, encoded: dict) -> dict | None:
         if not self._has_layers():
             self.skipped["alignment"] = "the model's decoder keeps no layer for REPA"
             return None
@@ -366,7 +366,7 @@ class Evaluator:
             self.skipped["alignment cosine"] = str(error)
         return result
 
-    def _cknna(self, name: str, features: torch.Tensor, k: int) -> Optional[float]:
+    def _cknna(self, name: str, features: torch.Tensor, k: int) -> float | None:
         try:
             return cknna(features, self.encoder_features, k)
         except ValueError as error:  # features that are all the same have no neighbours
@@ -379,8 +379,7 @@ class Evaluator:
         if module is None:
             self.skipped["alignment cosine"] = "only a training checkpoint with REPA has the trained projector"
             return {}
-        from ..model.utils.repa_loss import normalised_target_sum
-
+        module.load_encoder()
         cosines, total, count = [], 0.0, 0
         with self._keeping_layers(self.subject.aligned_layers):
             for indices, images in self._batches(self.images, "alignment"):
@@ -396,7 +395,7 @@ class Evaluator:
         return {"projector_encoder": module.encoder_name, "cosine": metrics.mean_with_confidence(torch.stack(cosines)),
                 "constant": constant}  # fmt: skip
 
-    def _probes(self, encoded: dict) -> Optional[dict]:
+    def _probes(self, encoded: dict) -> dict | None:
         """Accuracy with which classes are read off the decoder's features and the tokens."""
         images = self.images
         if images.labels is None:
@@ -427,7 +426,7 @@ class Evaluator:
         return {"classes": images.classes, "n_train": len(train_labels), "n_test": len(test[1]),
                 "chance": float(shares.max()), "features": features}  # fmt: skip
 
-    def _probed_features(self, encoded: dict) -> Dict[str, torch.Tensor]:
+    def _probed_features(self, encoded: dict) -> dict[str, torch.Tensor]:
         features = {}
         if self._has_layers():
             layers = self._pooled_layers(encoded)
@@ -447,7 +446,7 @@ class Evaluator:
 
     # ------------------------------------------------------------------------------------------------------ pictures
 
-    def _grids(self, psnr: List[float], encoded: dict) -> Dict[str, str]:
+    def _grids(self, psnr: list[float], encoded: dict) -> dict[str, str]:
         """Flexible-length reconstructions of those images that the largest token count reconstructs best, in the middle
         and worst, and of the first, which are the same for every model."""
         order = torch.tensor(psnr).argsort(descending=True)
@@ -464,7 +463,7 @@ class Evaluator:
         return {name: f"grids/{name}.png" for name in chosen}
 
 
-def _powers_of_two(n_max: int) -> List[int]:
+def _powers_of_two(n_max: int) -> list[int]:
     return sorted({*(2**i for i in range(n_max.bit_length()) if 2**i <= n_max), n_max})
 
 
@@ -480,7 +479,7 @@ def _every_other(labels: torch.Tensor) -> torch.Tensor:
     return chosen
 
 
-def read_json(path: Path) -> Optional[dict]:
+def read_json(path: Path) -> dict | None:
     """The value in a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text())

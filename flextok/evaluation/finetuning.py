@@ -9,7 +9,6 @@ rates, and prints a table: flow loss on new validation digits, share of the code
 import argparse
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional
 
 import torch
 
@@ -39,11 +38,12 @@ def trainer_of(config: TrainConfig, classes: range, run_dir: Path):
     sys.path.insert(0, str(ROOT))
     from train_flextok import FlexTokTrainer
 
-    datasets = [digits_of(split, config.img_size, classes) for split in ("train", "val")]
-    return FlexTokTrainer(config, load_model(config), *build_loaders(config, *datasets, "cpu"), "cpu", run_dir)
+    train, val = (digits_of(split, config.img_size, classes) for split in ("train", "val"))
+    train_loader, val_loader = build_loaders(config, train, val, "cpu")
+    return FlexTokTrainer(config, load_model(config), train_loader, val_loader, "cpu", run_dir)
 
 
-def look(model: FlexTokFromHub, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+def look(model: FlexTokFromHub, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Tokens of images, and the PSNR of their reconstructions from all of them, in dB."""
     tokens = model.tokenize(images)
     reconstructed = model.detokenize(tokens, timesteps=10, generator=torch.Generator().manual_seed(0),
@@ -58,8 +58,10 @@ def settings_of(steps: int, n_images: int, **changes) -> TrainConfig:
     return TrainConfig.from_dict({**config, **changes})
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m flextok.evaluation.finetuning", description="Rates of fine-tuning.")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flextok.evaluation.finetuning", description="Rates of fine-tuning."
+    )
     parser.add_argument("--steps", type=int, default=900, metavar="N", help="steps of pre-training (default: 900)")
     parser.add_argument("--tuning-steps", type=int, default=300, metavar="N", help="of fine-tuning (default: 300)")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, metavar="LR", help="default: 1e-6 to 1e-3")
@@ -79,7 +81,9 @@ def main(argv: Optional[List[str]] = None) -> None:
             "|---|---|---|---|---|---|"]  # fmt: skip
     for rate in (None, *arguments.rates):
         changes = {} if rate is None else dict(learning_rate=rate, min_lr=rate / 100)
-        config = settings_of(arguments.tuning_steps, n[NEW], model=None, model_name=str(export), warmup_steps=20, **changes)
+        config = settings_of(
+            arguments.tuning_steps, n[NEW], model=None, model_name=str(export), warmup_steps=20, **changes
+        )
         trainer = trainer_of(config, NEW, arguments.output / f"tuned_{rate}")
         if rate is not None:
             trainer.train()

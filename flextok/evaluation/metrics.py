@@ -7,9 +7,9 @@ Originals outside of it are refused, since every number below would mean somethi
 import importlib
 import math
 import os
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Callable, Dict, Optional, Sequence, Tuple, Union
 from urllib.parse import urlparse
 from urllib.request import urlopen
 
@@ -34,7 +34,7 @@ FRECHET_IMAGES = 10_000
 # Fewer values than this make a normal interval of their mean doubtful.
 MEAN_IMAGES = 30
 
-Device = Union[str, torch.device]
+Device = str | torch.device
 
 
 class MetricUnavailable(UserError, RuntimeError):
@@ -107,7 +107,7 @@ def latent_mse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return error
 
 
-def _checked_pair(reconstruction: torch.Tensor, original: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def _checked_pair(reconstruction: torch.Tensor, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both as float32, the reconstruction clamped to [-1, 1]."""
     if reconstruction.shape != original.shape:
         raise ValueError(
@@ -171,19 +171,19 @@ class FeatureStatistics:
         self.sum += vectors.sum(0)
         self.outer.addmm_(vectors.T, vectors)
 
-    def mean_and_covariance(self) -> Tuple[torch.Tensor, torch.Tensor]:
+    def mean_and_covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean [C] and unbiased covariance [C, C], float64. Raises ValueError for fewer than two images."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, but got {self.count}")
         mean = self.sum / self.count
         return mean, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
-    def state(self) -> Dict[str, torch.Tensor]:
+    def state(self) -> dict[str, torch.Tensor]:
         """A copy as tensors: count (long, no dimensions), sum [C] and outer [C, C] (float64)."""
         return {"count": torch.tensor(self.count), "sum": self.sum.clone(), "outer": self.outer.clone()}
 
     @classmethod
-    def from_state(cls, state: Dict[str, torch.Tensor]) -> "FeatureStatistics":
+    def from_state(cls, state: dict[str, torch.Tensor]) -> "FeatureStatistics":
         """What `state()` described. Raises ValueError where that is not such a state."""
         shapes = {key: list(tensor.shape) for key, tensor in state.items()}
         dim = (shapes.get("sum") or [0])[0]
@@ -210,7 +210,7 @@ class FrechetFeatures:
         ValueError: If `real` has other channels than `dim`.
     """
 
-    def __init__(self, dim: int, real: Optional[FeatureStatistics] = None):
+    def __init__(self, dim: int, real: FeatureStatistics | None = None):
         if real is not None and real.dim != dim:
             raise ValueError(f"dim is {dim}, but the statistics of the originals have {real.dim} channels")
         self.dim = dim
@@ -243,12 +243,12 @@ class FrechetFeatures:
             )
         return frechet_distance(*self.real.mean_and_covariance(), *self.fake.mean_and_covariance())
 
-    def state(self) -> Dict[str, Dict[str, torch.Tensor]]:
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """A copy of both statistics as plain tensors, to be saved."""
         return {"real": self.real.state(), "fake": self.fake.state()}
 
     @classmethod
-    def from_state(cls, state: Dict[str, Dict[str, torch.Tensor]]) -> "FrechetFeatures":
+    def from_state(cls, state: dict[str, dict[str, torch.Tensor]]) -> "FrechetFeatures":
         """What `state()` described. Raises ValueError where that is not such a state."""
         if set(state) != {"real", "fake"}:
             raise ValueError(f"a state of Frechet features has real and fake, but got {sorted(state)}")
@@ -335,7 +335,7 @@ def load_inception(device: Device = "cpu") -> Callable[[torch.Tensor], torch.Ten
     return inception
 
 
-def unavailable_metrics(names: Sequence[str]) -> Dict[str, str]:
+def unavailable_metrics(names: Sequence[str]) -> dict[str, str]:
     """Those metrics that cannot be computed here, each with the reason and the remedy: to be asked before a run.
 
     Weights that are missing but within reach are downloaded. `psnr` and `ssim` need a package, `lpips` and `rfid`
@@ -364,7 +364,7 @@ def _rfid_weights() -> Path:
     return _weights("rfid", URL_INCEPTION_V3)
 
 
-_NEEDS: Dict[str, Callable[[], object]] = {
+_NEEDS: dict[str, Callable[[], object]] = {
     "psnr": lambda: _need_package("psnr", "torchmetrics"),
     "ssim": lambda: _need_package("ssim", "torchmetrics"),
     "lpips": _lpips_weights,
@@ -413,7 +413,7 @@ def _built(metric: str, path: Path, build: Callable[[], torch.nn.Module]) -> tor
         ) from error
 
 
-def mean_with_confidence(values: Union[torch.Tensor, Sequence[float]]) -> Dict[str, Optional[float]]:
+def mean_with_confidence(values: torch.Tensor | Sequence[float]) -> dict[str, float | None]:
     """Mean of values [n], with its 95 % confidence interval for normally distributed means.
 
     Returns:
@@ -435,7 +435,7 @@ def mean_with_confidence(values: Union[torch.Tensor, Sequence[float]]) -> Dict[s
     return {"value": value, "n": n, "low": value - margin, "high": value + margin}
 
 
-def sample_warning(metric: str, n: int, dim: Optional[int] = None) -> Optional[str]:
+def sample_warning(metric: str, n: int, dim: int | None = None) -> str | None:
     """What to say of a metric on too few images, or None.
 
     Args:

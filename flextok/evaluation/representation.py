@@ -1,11 +1,11 @@
 """What features hold: how two spaces agree (CKNNA), and which classes can be read from one (k-NN, linear probe)."""
 
-from typing import List, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-Labels = Union[torch.Tensor, Sequence[int], np.ndarray]
+Labels = torch.Tensor | Sequence[int] | np.ndarray
 
 # Rows of the kernel matrices that are in memory at once.
 CKNNA_ROWS = 1024
@@ -65,7 +65,7 @@ def _unit_length(features: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(features, dim=1, eps=torch.finfo(features.dtype).tiny)
 
 
-def _kernel_rows(features: torch.Tensor, rows: slice, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def _kernel_rows(features: torch.Tensor, rows: slice, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the centred kernel [R, N], and which entries are among the k nearest of their row, bool [R, N]."""
     kernel = features[rows] @ (features - features.mean(0)).T
     own = torch.arange(len(features))[rows, None]
@@ -120,7 +120,7 @@ def linear_probe_accuracy(train_x: torch.Tensor, train_y: Labels, test_x: torch.
     return float(probe.fit(train_x, train_y).score(test_x, test_y))
 
 
-def _checked_probe(train_x: torch.Tensor, train_y: Labels, test_x: torch.Tensor, test_y: Labels) -> List[np.ndarray]:
+def _checked_probe(train_x: torch.Tensor, train_y: Labels, test_x: torch.Tensor, test_y: Labels) -> list[np.ndarray]:
     """The four as NumPy arrays."""
     arrays = []
     for name, x, y in (("training", train_x, train_y), ("test", test_x, test_y)):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import List, Optional
+from typing import Optional
 
 import torch
 from torch import nn
@@ -11,12 +11,12 @@ from torch.utils.data import Dataset
 from ..data.digits import Digits
 from ..data.images import ImageFolderDataset, list_images
 from ..data.photos import PhotoCrops
-from ..flextok_wrapper import CONFIG_NAME, FlexTok, FlexTokFromHub
+from ..flextok_wrapper import CONFIG_NAME, FlexTok, FlexTokFromHub, load_model_from_safetensors
 from ..training.checkpoints import BEST, LATEST, read_checkpoint
 from ..training.config import TrainConfig
 from ..training.export import load_trained_model
 from ..training.models import build_repa_module, check_repa_model
-from ..utils.checkpoint import CheckpointError, load_model_from_safetensors
+from ..utils.checkpoint import CheckpointError
 from ..utils.config import ConfigError
 from ..utils.random import generator
 
@@ -28,15 +28,15 @@ class Subject:
     name: str
     model: FlexTok
     averaged: bool = False  # whether its weights are the moving average
-    config: Optional[TrainConfig] = None  # of its training
-    projector_state: Optional[dict] = None  # of its REPA module
+    config: TrainConfig | None = None  # of its training
+    projector_state: dict | None = None  # of its REPA module
 
     @property
     def img_size(self) -> int:
         """Side in pixels of the images that the model was built for."""
         return self.model.pipeline.default_size()[0] * self.model.vae.downsample_factor
 
-    def repa_module(self, device: torch.device) -> Optional[nn.Module]:
+    def repa_module(self, device: torch.device) -> nn.Module | None:
         """The REPA module that it was trained with, its encoder not loaded yet; None if there is none."""
         if self.projector_state is None:
             return None
@@ -45,7 +45,7 @@ class Subject:
         return module
 
     @property
-    def aligned_layers(self) -> List[int]:
+    def aligned_layers(self) -> list[int]:
         """Decoder layers that its training aligned; empty without REPA."""
         return [] if self.projector_state is None else check_repa_model(self.model, self.config.repa_layers)
 
@@ -104,20 +104,20 @@ class ImageSet:
 
     name: str
     dataset: Dataset
-    labels: Optional[List[int]] = None  # per image
-    classes: Optional[List[str]] = None
+    labels: list[int] | None = None  # per image
+    classes: list[str] | None = None
     train: Optional["ImageSet"] = None  # other images of the same classes, to fit probes to
 
     def __len__(self) -> int:
         return len(self.dataset)
 
 
-def load_images(data: str, img_size: int, n_images: Optional[int]) -> ImageSet:
+def load_images(data: str, img_size: int, n_images: int | None) -> ImageSet:
     """The images of a folder, scikit-learn's validation digits, or crops of the photographs that wheels carry.
 
-    Classes are a folder's sub-folders (of at least two, with two images or more each), digits or photographs. A folder's
-    odd images of each class are evaluated and its even ones fitted to only where probes are; every image is evaluated
-    for reconstruction.
+    Classes are a folder's sub-folders (of at least two, with two images or more each), digits or photographs. A
+    folder's odd images of each class are evaluated and its even ones fitted to only where probes are; every image is
+    evaluated for reconstruction.
 
     Args:
         n_images: At most so many, a random choice that is the same each time; None: all (`photos`: 256).
@@ -142,7 +142,7 @@ def load_images(data: str, img_size: int, n_images: Optional[int]) -> ImageSet:
     return images
 
 
-def _digits(split: str, img_size: int, n: Optional[int]) -> ImageSet:
+def _digits(split: str, img_size: int, n: int | None) -> ImageSet:
     dataset = Digits(split, img_size)
     dataset.pixels, dataset.names = dataset.pixels[:n], dataset.names[:n]
     return ImageSet("digits", dataset, dataset.labels[:n], dataset.classes)

@@ -1,14 +1,14 @@
 """What tokens hold: how much of the codebook each position uses, and whether the first tokens group images."""
 
-from typing import Dict, List, Optional, Sequence, Union
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-Labels = Union[torch.Tensor, Sequence[int], np.ndarray]
+Labels = torch.Tensor | Sequence[int] | np.ndarray
 
 
-def code_statistics(tokens: torch.Tensor, codebook_size: int) -> Dict[str, Union[int, List[int], List[float]]]:
+def code_statistics(tokens: torch.Tensor, codebook_size: int) -> dict[str, int | list[int] | list[float]]:
     """Use of the codebook at each position, over N images.
 
     N images show at most N codes: `used` is at most N, `entropy_bits` at most log2(N) and `perplexity` at most N,
@@ -49,10 +49,10 @@ def code_statistics(tokens: torch.Tensor, codebook_size: int) -> Dict[str, Union
 def first_tokens_silhouette(
     codes: torch.Tensor,
     counts: Sequence[int] = (1, 2, 4),
-    labels: Optional[Labels] = None,
+    labels: Labels | None = None,
     n_clusters: int = 8,
     seed: int = 0,
-) -> Dict[str, Optional[float]]:
+) -> dict[str, float | None]:
     """How well the codes of the first k tokens group images: their mean silhouette (Rousseeuw 1987), Euclidean.
 
     An image is the vector of its first k codes, k * C numbers. With labels, groups are classes: near 1, the first
@@ -97,7 +97,7 @@ def first_tokens_silhouette(
     return {str(k): _silhouette(vectors[:, :k].flatten(1).numpy(), labels, n_clusters, seed) for k in counts}
 
 
-def _silhouette(vectors: np.ndarray, labels: Optional[np.ndarray], n_clusters: int, seed: int) -> Optional[float]:
+def _silhouette(vectors: np.ndarray, labels: np.ndarray | None, n_clusters: int, seed: int) -> float | None:
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
 

@@ -1,12 +1,11 @@
 """Noise for rectified-flow training (arXiv 2209.03003)."""
 
 import math
-from typing import Optional
 
 import torch
 import torch.nn as nn
 
-from ..utils.batching import dense_batches
+from ..utils.batching import per_image
 from ..utils.random import BatchRandom
 
 
@@ -31,15 +30,20 @@ class MinRFNoiseModule(nn.Module):
         sigmas_write_key: str = "sigmas",
         ln: bool = False,
         stratisfied: bool = False,
-        mode_scale: Optional[float] = None,
+        mode_scale: float | None = None,
         noise_write_key: str = "flow_noise",
-        noise_read_key: Optional[str] = None,
+        noise_read_key: str | None = None,
     ):
         super().__init__()
-        self.clean_images_read_key, self.noised_images_write_key = clean_images_read_key, noised_images_write_key
-        self.timesteps_write_key, self.sigmas_write_key = timesteps_write_key, sigmas_write_key
-        self.ln, self.stratisfied, self.mode_scale = ln, stratisfied, mode_scale
-        self.noise_write_key, self.noise_read_key = noise_write_key, noise_read_key
+        self.clean_images_read_key = clean_images_read_key
+        self.noised_images_write_key = noised_images_write_key
+        self.timesteps_write_key = timesteps_write_key
+        self.sigmas_write_key = sigmas_write_key
+        self.ln = ln
+        self.stratisfied = stratisfied
+        self.mode_scale = mode_scale
+        self.noise_write_key = noise_write_key
+        self.noise_read_key = noise_read_key
 
     def sample_sigmas(self, random: BatchRandom) -> torch.Tensor:
         """fp32 [B] in (0, 1)."""
@@ -55,7 +59,6 @@ class MinRFNoiseModule(nn.Module):
             sigmas = u
         return sigmas.float()
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         clean = data_dict[self.clean_images_read_key]
         random = BatchRandom.of(data_dict, clean)
@@ -63,7 +66,7 @@ class MinRFNoiseModule(nn.Module):
         noise = data_dict.get(self.noise_read_key) if self.noise_read_key is not None else None
         if noise is None:
             noise = random.normal("flow_noise", clean.shape[1:]).to(clean.dtype)
-        sigma = sigmas.view(-1, *[1] * (clean.ndim - 1)).to(clean.dtype)
+        sigma = per_image(sigmas, clean).to(clean.dtype)
         data_dict[self.noised_images_write_key] = sigma * noise + (1 - sigma) * clean
         data_dict[self.timesteps_write_key] = sigmas
         data_dict[self.sigmas_write_key] = sigmas

@@ -1,27 +1,31 @@
 """Sampling: from noise to latents along the velocity that the decoder predicts."""
 
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
+from einops import repeat
 from tqdm.auto import tqdm
 
 from ..model.preprocessors.patching import PatchEmbedder
 from ..model.utils.posembs import PositionalEmbeddingAdder
-from ..utils.batching import as_batch_tensor, dense_batches, gather
+from ..utils.batching import as_batch_tensor, dense_batches, select_images
 from ..utils.modules import evaluating
 
 APG_MOMENTUM = -0.5
 APG_NORM_THRESHOLD = 2.5
 
-Sizes = Union[int, Tuple[int, int], Sequence[Union[int, Tuple[int, int]]]]
+Sizes = int | tuple[int, int] | Sequence[int | tuple[int, int]]
 
 
 class AdaptiveProjectedGuidance:
-    """APG (arXiv 2410.02416, algorithm 1) with eta 0: one instance per sampling call."""
+    """APG (arXiv 2410.02416, algorithm 1) with eta 0: one instance per sampling call.
+
+    Takes the velocities [B, C, h, w] with and without the condition and the guidance scale; gives the guided velocity.
+    """
 
     def __init__(self):
-        self.running = 0.0
+        self.running = 0.0  # the guidance of all steps so far, with momentum
 
     def __call__(self, v_cond: torch.Tensor, v_uncond: torch.Tensor, scale: float) -> torch.Tensor:
         self.running = (v_cond - v_uncond) + APG_MOMENTUM * self.running
@@ -50,63 +54,63 @@ class MinRFPipeline:
     def __init__(
         self,
         model: nn.Module,
-        noise_read_key: Optional[str] = "flow_noise",
-        target_sizes_read_key: Optional[str] = None,
+        noise_read_key: str | None = "flow_noise",
+        target_sizes_read_key: str | None = None,
         latents_read_key: str = "enc_registers_quant",
         timesteps_read_key: str = "timesteps",
         noised_images_read_key: str = "vae_latents_noised",
         reconst_write_key: str = "vae_latents_reconst",
         out_channels: int = 4,
     ):
-        self.model, self.out_channels = model, out_channels
-        self.noise_read_key, self.target_sizes_read_key = noise_read_key, target_sizes_read_key
-        self.latents_read_key, self.timesteps_read_key = latents_read_key, timesteps_read_key
-        self.noised_images_read_key, self.reconst_write_key = noised_images_read_key, reconst_write_key
+        self.model = model
+        self.out_channels = out_channels
+        self.noise_read_key = noise_read_key
+        self.target_sizes_read_key = target_sizes_read_key
+        self.latents_read_key = latents_read_key
+        self.timesteps_read_key = timesteps_read_key
+        self.noised_images_read_key = noised_images_read_key
+        self.reconst_write_key = reconst_write_key
 
-    def default_size(self) -> Tuple[int, int]:
+    def default_size(self) -> tuple[int, int]:
         """Latent size (h, w) that the decoder was built for: its positional table times its patches."""
-        patch = next((m.patch_sizes for m in self.model.modules() if isinstance(m, PatchEmbedder)), None)
-        table = next(
-            (
-                m.max_sizes
-                for m in self.model.modules()
-                if isinstance(m, PositionalEmbeddingAdder) and len(m.max_sizes) == 2
-            ),
-            None,
-        )
-        if patch is None or table is None:
+        patches = [m.patch_sizes for m in self.model.modules() if isinstance(m, PatchEmbedder)]
+        tables = [m.max_sizes for m in self.model.modules() if isinstance(m, PositionalEmbeddingAdder)]
+        tables = [sizes for sizes in tables if len(sizes) == 2]
+        if not patches or not tables:
             raise ValueError("vae_image_sizes is needed: the decoder's config does not tell the size of its latents")
-        return table[0] * patch[0], table[1] * patch[1]
+        return tables[0][0] * patches[0][0], tables[0][1] * patches[0][1]
 
-    def _noise(self, data_dict: dict, sizes: Optional[Sizes], generator: Optional[torch.Generator]):
+    def _noise(
+        self, data_dict: dict, sizes: Sizes | None, generator: torch.Generator | None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Start noise [B, C, h, w], or a list of [1, C, h, w] if the sizes differ."""
         if self.noise_read_key is not None and data_dict.get(self.noise_read_key) is not None:
             return data_dict[self.noise_read_key]
         latents = data_dict[self.latents_read_key]
-        n, device = len(latents), latents[0].device
+        n = len(latents)
+        device = latents[0].device
         if self.target_sizes_read_key is not None and data_dict.get(self.target_sizes_read_key) is not None:
             sizes = data_dict[self.target_sizes_read_key]
-        per_image = _sizes_per_image(self.default_size() if sizes is None else sizes, n)
+        sizes = _sizes_per_image(self.default_size() if sizes is None else sizes, n)
         draw_on = device if generator is None else generator.device
-        if len(set(per_image)) == 1:
-            noise = torch.randn(n, self.out_channels, *per_image[0], generator=generator, device=draw_on)
-            return noise.to(device)
-        return [
-            torch.randn(1, self.out_channels, *size, generator=generator, device=draw_on).to(device)
-            for size in per_image
-        ]
+
+        def draw(n: int, size: tuple[int, int]) -> torch.Tensor:
+            return torch.randn(n, self.out_channels, *size, generator=generator, device=draw_on).to(device)
+
+        return draw(n, sizes[0]) if len(set(sizes)) == 1 else [draw(1, size) for size in sizes]
 
     @torch.no_grad()
     def __call__(
         self,
         data_dict: dict,
         timesteps: int = 25,
-        generator: Optional[torch.Generator] = None,
-        vae_image_sizes: Optional[Sizes] = None,
+        generator: torch.Generator | None = None,
+        vae_image_sizes: Sizes | None = None,
         verbose: bool = False,
-        guidance_scale: Union[float, Callable[[float], float]] = 1.0,
+        guidance_scale: float | Callable[[float], float] = 1.0,
         perform_norm_guidance: bool = False,
     ) -> dict:
-        """Sample latents [B, C, h, w] for the condition in `data_dict`.
+        """Sample latents [B, C, h, w] for the condition in `data_dict`, whose values are batches or lists of [1, ...].
 
         Args:
             timesteps: Number of Euler steps.
@@ -124,17 +128,25 @@ class MinRFPipeline:
             return self._sample(data_dict, timesteps, verbose, guidance_scale, perform_norm_guidance)
 
     @dense_batches
-    def _sample(self, data_dict, timesteps, verbose, guidance_scale, perform_norm_guidance) -> dict:
+    def _sample(
+        self,
+        data_dict: dict,
+        timesteps: int,
+        verbose: bool,
+        guidance_scale: float | Callable[[float], float],
+        perform_norm_guidance: bool,
+    ) -> dict:
         x = data_dict[self.noised_images_read_key]
         guide = AdaptiveProjectedGuidance() if perform_norm_guidance else classifier_free_guidance
-        predict = _DecoderPasses(self, data_dict)
+        predict = DecoderPasses(self, data_dict)
         for i in tqdm(range(timesteps, 0, -1), desc="sampling", disable=not verbose):
             t = i / timesteps
             scale = guidance_scale(t) if callable(guidance_scale) else guidance_scale
             if scale == 1.0:
                 velocity = predict(x, t, (False,))
             elif x.device.type == "cuda":  # one batch of twice the size: faster on GPUs, not on CPUs
-                velocity = guide(*predict(x, t, (False, True)).chunk(2), scale)
+                conditional, unconditional = predict(x, t, (False, True)).chunk(2)
+                velocity = guide(conditional, unconditional, scale)
             else:
                 velocity = guide(predict(x, t, (False,)), predict(x, t, (True,)), scale)
             x = x - velocity.to(x.dtype) / timesteps
@@ -142,37 +154,37 @@ class MinRFPipeline:
         return data_dict
 
 
-class _DecoderPasses:
-    """The decoder on one data_dict, step after step; what does not depend on the step is computed once."""
+class DecoderPasses:
+    """The decoder on one data_dict of batches, step after step; what does not depend on the step is computed once."""
 
     def __init__(self, pipeline: MinRFPipeline, data_dict: dict):
-        self.pipeline, self.data_dict = pipeline, data_dict
-        self.fixed: Tuple[str, ...] = ()
-        self.arguments: tuple = ()  # of the decoder: the modules that a step runs, by default all
+        self.pipeline = pipeline
+        self.data_dict = data_dict
+        self.fixed: tuple[str, ...] = ()  # names of the modules that run once
+        self.arguments: tuple = ()  # of the decoder: the names of those that run in each step; by default all do
         if hasattr(pipeline.model, "split"):
-            keys = (pipeline.noised_images_read_key, pipeline.timesteps_read_key)
-            self.fixed, varying = pipeline.model.split(keys)
+            self.fixed, varying = pipeline.model.split((pipeline.noised_images_read_key, pipeline.timesteps_read_key))
             self.arguments = (varying,)
-        self.prepared: Dict[Tuple[bool, ...], dict] = {}
+        self.prepared: dict[tuple[bool, ...], dict] = {}
 
-    def __call__(self, x: torch.Tensor, t: float, nulls: Tuple[bool, ...]) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, t: float, nulls: tuple[bool, ...]) -> torch.Tensor:
         """The velocity [len(nulls) * B, C, h, w] at x [B, C, h, w], without the condition where `nulls` is True."""
         pipeline = self.pipeline
         if nulls not in self.prepared:
             inputs = self._inputs(x, nulls)
             self.prepared[nulls] = pipeline.model(inputs, self.fixed) if self.fixed else inputs
-        x = torch.cat([x] * len(nulls))
-        now = {
-            pipeline.noised_images_read_key: x,
-            pipeline.timesteps_read_key: torch.full((len(x),), t, device=x.device),
-        }
-        return pipeline.model({**self.prepared[nulls], **now}, *self.arguments)[pipeline.reconst_write_key]
+        x = repeat(x, "b ... -> (nulls b) ...", nulls=len(nulls))
+        data_dict = dict(self.prepared[nulls])
+        data_dict[pipeline.noised_images_read_key] = x
+        data_dict[pipeline.timesteps_read_key] = torch.full((len(x),), t, device=x.device)
+        return pipeline.model(data_dict, *self.arguments)[pipeline.reconst_write_key]
 
-    def _inputs(self, x: torch.Tensor, nulls: Tuple[bool, ...]) -> dict:
+    def _inputs(self, x: torch.Tensor, nulls: tuple[bool, ...]) -> dict:
         """The data_dict with its images once for each of `nulls`."""
-        n, inputs = len(x), dict(self.data_dict)
+        n = len(x)
+        inputs = dict(self.data_dict)
         if len(nulls) > 1:
-            inputs = gather(self.data_dict, [], list(range(n)) * len(nulls), n)
+            inputs = select_images(self.data_dict, list(range(n)) * len(nulls), n)
         if any(nulls):
             modules = self.pipeline.model.modules()
             keys = {m.eval_drop_flag_read_key for m in modules if hasattr(m, "eval_drop_flag_read_key")}
@@ -187,11 +199,11 @@ class _DecoderPasses:
 
 
 def classifier_free_guidance(v_cond: torch.Tensor, v_uncond: torch.Tensor, scale: float) -> torch.Tensor:
-    """v_uncond + scale * (v_cond - v_uncond) (arXiv 2207.12598)."""
+    """v_uncond + scale * (v_cond - v_uncond), all [B, C, h, w] (arXiv 2207.12598)."""
     return v_uncond + scale * (v_cond - v_uncond)
 
 
-def _sizes_per_image(sizes: Sizes, n: int) -> List[Tuple[int, int]]:
+def _sizes_per_image(sizes: Sizes, n: int) -> list[tuple[int, int]]:
     if isinstance(sizes, int):
         return [(sizes, sizes)] * n
     if isinstance(sizes, tuple) and len(sizes) == 2 and all(isinstance(size, int) for size in sizes):

@@ -1,12 +1,12 @@
 """Finite scalar quantization (FSQ, arXiv 2309.15505)."""
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
 
-from ..utils.batching import dense_batches
+from ..utils.batching import per_image
 from ..utils.random import BatchRandom
 
 MAX_CODES = 2**63 - 1  # tokens are of 64 bits
@@ -48,22 +48,28 @@ class FSQ(nn.Module):
             self.codebook_size *= level
             if self.codebook_size > MAX_CODES:
                 raise ValueError(f"levels give more than {MAX_CODES} codes: use fewer or smaller ones")
-        for name, p in (
-            ("drop_quant_p", drop_quant_p), ("corrupt_tokens_p", corrupt_tokens_p),
-            ("min_corrupt_tokens_p", min_corrupt_tokens_p), ("apply_corrupt_tokens_p", apply_corrupt_tokens_p),
-        ):  # fmt: skip
+        probabilities = {
+            "drop_quant_p": drop_quant_p,
+            "corrupt_tokens_p": corrupt_tokens_p,
+            "min_corrupt_tokens_p": min_corrupt_tokens_p,
+            "apply_corrupt_tokens_p": apply_corrupt_tokens_p,
+        }
+        for name, p in probabilities.items():
             if not 0.0 <= p <= 1.0:
                 raise ValueError(f"{name} is {p}, expected a probability from 0 to 1")
-        self.latents_read_key, self.quants_write_key = latents_read_key, quants_write_key
+        self.latents_read_key = latents_read_key
+        self.quants_write_key = quants_write_key
         self.tokens_write_key = tokens_write_key
-        self.drop_quant_p, self.apply_corrupt_tokens_p = drop_quant_p, apply_corrupt_tokens_p
-        self.corrupt_tokens_p, self.min_corrupt_tokens_p = corrupt_tokens_p, min_corrupt_tokens_p
+        self.drop_quant_p = drop_quant_p
+        self.apply_corrupt_tokens_p = apply_corrupt_tokens_p
+        self.corrupt_tokens_p = corrupt_tokens_p
+        self.min_corrupt_tokens_p = min_corrupt_tokens_p
         basis = [math.prod(self.levels[:i]) for i in range(len(self.levels))]
         self.register_buffer("_levels", torch.tensor(self.levels), persistent=False)
         self.register_buffer("_basis", torch.tensor(basis), persistent=False)
 
     def bound(self, z: torch.Tensor) -> torch.Tensor:
-        """Squash z (fp32) into the range whose rounding gives levels[i] integers per channel."""
+        """Squash z, fp32 [..., channels], into the range whose rounding gives levels[i] integers per channel."""
         half = (self._levels - 1) * 1.001 / 2
         offset = torch.where(self._levels % 2 == 0, 0.5, 0.0)
         shift = (offset / half).atanh()
@@ -79,7 +85,6 @@ class FSQ(nn.Module):
         levels = indices[..., None] // self._basis % self._levels
         return (levels - half_width) / half_width.float()
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         z = data_dict[self.latents_read_key]
         if z.shape[-1] != len(self.levels):
@@ -91,23 +96,23 @@ class FSQ(nn.Module):
         quants = rounded / half_width
         if self.training and (self.drop_quant_p > 0 or self.corrupt_tokens_p > 0):
             random = BatchRandom.of(data_dict, z)
-            per_image = (-1, *[1] * (z.ndim - 1))
             if self.drop_quant_p > 0:
                 drop = random.uniform("fsq/drop") < self.drop_quant_p
-                quants = torch.where(drop.view(per_image), bounded / half_width, quants)
+                quants = torch.where(per_image(drop, z), bounded / half_width, quants)
             if self.corrupt_tokens_p > 0:
-                corrupt, replacements = self._corruption(random, tokens.shape[1:])
+                corrupt, replacements = self._corruption(random, tokens)
                 tokens = torch.where(corrupt, replacements, tokens)
                 quants = torch.where(corrupt[..., None], self.indices_to_embedding(replacements), quants)
         data_dict[self.quants_write_key] = quants
         data_dict[self.tokens_write_key] = tokens
         return data_dict
 
-    def _corruption(self, random: BatchRandom, shape: Sequence[int]):
-        """Which codes to replace (bool [B, *shape]) and by what (long [B, *shape])."""
+    def _corruption(self, random: BatchRandom, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens [B, ...] to replace (bool [B, ...]) and by what (long [B, ...])."""
+        shape = tokens.shape[1:]
         applies = random.uniform("fsq/corrupt_image") < self.apply_corrupt_tokens_p
         spread = self.corrupt_tokens_p - self.min_corrupt_tokens_p
         p = self.min_corrupt_tokens_p + random.uniform("fsq/corrupt_p") * spread
-        p = torch.where(applies, p, 0.0).view(-1, *[1] * len(shape))
+        p = per_image(torch.where(applies, p, 0.0), tokens)
         replacements = random.integers("fsq/corrupt_code", 0, self.codebook_size - 1, shape)
         return random.uniform("fsq/corrupt", shape) < p, replacements

@@ -1,43 +1,30 @@
 """Checkpoint files: written whole or not at all, and read without executing anything."""
 
 import contextlib
-import glob
 import json
 import logging
 import os
+import re
 import shutil
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
-from typing import Optional, Tuple
 
 import torch
 
 from ..utils.checkpoint import CheckpointError, load_pickled
-from ..utils.config import ConfigError, shown
+from ..utils.config import ConfigError
 from ..utils.errors import UserError
-from ..utils.files import write_atomically
+from ..utils.files import folder_name, write_atomically
 from ..utils.plain import parse_yaml
 
 LATEST, BEST = "latest.pt", "best.pt"
 PREVIOUS = "previous.pt"  # what was the latest before
 EPOCH = "epoch_{}.pt"  # those that are kept
 CONFIG_FILE = "config.yaml"  # the settings in force, in the run folder
-_NONE = type(None)
-FIELDS = {  # what a run continues from, with its types
-    "global_step": (int,),
-    "data": (dict,),
-    "config": (dict,),
-    "model_state_dict": (dict, OrderedDict),
-    "optimizer_state_dict": (dict,),
-    "scheduler_state_dict": (dict,),
-    "scaler_state_dict": (dict,),
-    "ema_model_state_dict": (dict, OrderedDict, _NONE),
-    "repa_module_state_dict": (dict, OrderedDict, _NONE),
-    "best_val_loss": (float, int),
-    "constant_losses": (dict, _NONE),
-    "random_state": (torch.Tensor,),
-}
+REQUIRED = (
+    "global_step", "data", "config", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
+    "scaler_state_dict", "ema_model_state_dict", "repa_module_state_dict", "best_val_loss",
+)  # fmt: skip
 
 log = logging.getLogger("flextok")
 
@@ -77,14 +64,14 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def prune_checkpoints(folder: Path, keep_last: Optional[int]) -> None:
+def prune_checkpoints(folder: Path, keep_last: int | None) -> None:
     """Remove all but the last `keep_last` checkpoints of epochs (None: keep all); latest, previous and best stay."""
     if keep_last is not None:
         for path in sorted(folder.glob(EPOCH.format("*")))[: -keep_last or None]:
             path.unlink()
 
 
-def readable_checkpoint(path: Path) -> Tuple[Path, dict]:
+def readable_checkpoint(path: Path) -> tuple[Path, dict]:
     """A checkpoint and what it holds: `path`, or if that is a `latest.pt` that is damaged, the newest that is not.
 
     Raises:
@@ -138,22 +125,9 @@ def stored_config(path: Path) -> dict:
         return readable_checkpoint(path)[1].get("config") or {}
 
 
-def check_checkpoint(checkpoint: dict, source: str) -> None:
-    """Raise CheckpointError unless a checkpoint has all that a run continues from, each of its type."""
-    lacking = FIELDS.keys() - checkpoint.keys()
-    if lacking:
-        raise CheckpointError(f"{source} lacks {', '.join(sorted(lacking))}, so it cannot be continued")
-    for key, kinds in FIELDS.items():
-        if type(checkpoint[key]) not in kinds:
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise CheckpointError(f"{source}: {key} is {shown(checkpoint[key])}, expected {expected}")
-    if not 0 <= checkpoint["global_step"] < 2**53:
-        raise CheckpointError(f"{source}: global_step is {shown(checkpoint['global_step'])}, expected a count of steps")
-
-
 def find_checkpoint(
-    resume: str, run_dir: Optional[Path], checkpoint_dir: Path, run_name: str, use_repa: bool
-) -> Optional[Path]:
+    resume: str, run_dir: Path | None, checkpoint_dir: Path, run_name: str | None, use_repa: bool
+) -> Path | None:
     """The checkpoint file that `resume` means: `latest`, a run folder, or a file.
 
     `latest` is that of `run_dir` if given, else of the newest run of this name under `checkpoint_dir` that was trained
@@ -164,9 +138,11 @@ def find_checkpoint(
         FileNotFoundError: A path that does not exist, or a folder without a checkpoint.
     """
     if resume == "latest":
-        folders = [run_dir] if run_dir is not None else checkpoint_dir.glob(f"{glob.escape(run_name)}-[0-9]*-[0-9]*")
+        folders = [run_dir]
         if run_dir is None:
-            folders = [folder for folder in folders if _trained_with_repa(folder) in (None, use_repa)]
+            named = re.compile(re.escape(folder_name(run_name)) + r"-\d{8}-\d{6}(-\d+)?")
+            folders = [path for path in checkpoint_dir.glob("*") if named.fullmatch(path.name)]
+            folders = [path for path in folders if _is_of(path, run_name, use_repa)]
         files = [folder / "checkpoints" / LATEST for folder in folders]
         return max((file for file in files if file.is_file()), key=lambda file: file.stat().st_mtime, default=None)
     path = Path(resume).expanduser()
@@ -180,12 +156,15 @@ def find_checkpoint(
     return path
 
 
-def _trained_with_repa(run_dir: Path) -> Optional[bool]:
-    """`use_repa` of a run folder; None if it does not say."""
+def _is_of(run_dir: Path, run_name: str | None, use_repa: bool) -> bool:
+    """Whether a run folder is of this experiment, as far as its config.yaml says."""
     try:
-        return parse_yaml((run_dir / CONFIG_FILE).read_text()).get("use_repa")
-    except (OSError, ConfigError, UnicodeDecodeError, AttributeError):
-        return None
+        config = parse_yaml((run_dir / CONFIG_FILE).read_text())
+    except (OSError, ConfigError, UnicodeDecodeError):
+        return True
+    if not isinstance(config, dict):
+        return True
+    return config.get("wandb_run_name") in (None, run_name) and config.get("use_repa", use_repa) == use_repa
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..utils.checkpoint import CheckpointError, build_model
+from ..flextok_wrapper import build_model
+from ..utils.checkpoint import CheckpointError
 from ..utils.errors import UserError
 from .checkpoints import read_checkpoint
 

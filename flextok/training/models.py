@@ -1,18 +1,18 @@
 """The model that a training config asks for."""
 
-import dataclasses
 import logging
+import os
+import shutil
 from pathlib import Path
-from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 
-from ..flextok_wrapper import CONFIG_NAME, WEIGHTS_NAME, FlexTokFromHub, flat_config
+from ..flextok_wrapper import CONFIG_NAME, WEIGHTS_NAME, FlexTokFromHub, build_model, flat_config, weights_file
 from ..model.builder import PRESETS, build_config, preset_config, with_fsq_levels
 from ..model.preprocessors.patching import PatchEmbedder
-from ..utils.checkpoint import CheckpointError, build_model, load_safetensors, parse_metadata
+from ..model.trunks.transformers import TransformerBlock
+from ..utils.checkpoint import CheckpointError, load_metadata, load_safetensors
 from ..utils.config import ConfigError
 from ..utils.dtypes import DTYPES, computes_bf16, faster_in_bf16, name_of
 from ..utils.modules import evaluating
@@ -41,13 +41,15 @@ def new_model_config(config: TrainConfig) -> dict:
         raise ConfigError(f"model: {error}") from error
 
 
-def _files(model_name: str) -> "tuple[Optional[Path], Optional[Path]]":
+def _files(model_name: str) -> "tuple[Path | None, Path | None]":
     """(config.json, weights) of a local model; (None, None) if the name is not local."""
     path = Path(model_name)
     if path.is_dir():
-        if not (path / WEIGHTS_NAME).is_file():
-            raise ConfigError(f"model_name: the folder {path} has no {WEIGHTS_NAME}")
-        return (path / CONFIG_NAME if (path / CONFIG_NAME).is_file() else None), path / WEIGHTS_NAME
+        try:
+            weights = weights_file(path)
+        except FileNotFoundError as error:
+            raise ConfigError(f"model_name: {error}") from error
+        return (path / CONFIG_NAME if (path / CONFIG_NAME).is_file() else None), weights
     if path.is_file():
         return None, path
     if path.suffix == ".safetensors" or path.is_absolute() or model_name.startswith("."):
@@ -55,7 +57,7 @@ def _files(model_name: str) -> "tuple[Optional[Path], Optional[Path]]":
     return None, None
 
 
-def known_model_config(config: TrainConfig) -> Optional[dict]:
+def known_model_config(config: TrainConfig) -> dict | None:
     """The FlexTok config of the run's model as far as it can be told without loading weights or asking the Hub.
 
     Published names are known by their size; None for other Hub names.
@@ -71,13 +73,12 @@ def known_model_config(config: TrainConfig) -> Optional[dict]:
     if config_file is not None:
         return flat_config(read_json_object(config_file))
     try:
-        with safe_open(weights, framework="pt") as file:
-            header = dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"model_name: {weights} cannot be read: {error}") from error
+        header = load_metadata(weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"model_name: {error}") from error
     if "encoder" not in header and "config" not in header:
         raise ConfigError(f"model_name: {weights} has no config, neither {CONFIG_NAME} beside it nor in its header")
-    return flat_config({key: parse_metadata(value) for key, value in header.items()})
+    return flat_config(header)
 
 
 def load_model(config: TrainConfig) -> FlexTokFromHub:
@@ -105,7 +106,7 @@ def load_model(config: TrainConfig) -> FlexTokFromHub:
         return build_model(model_config, tensors, config.model_name, fresh=fresh)
 
 
-def _fetch(model_name: str, revision: Optional[str] = None) -> "tuple[dict, dict]":
+def _fetch(model_name: str, revision: str | None = None) -> "tuple[dict, dict]":
     """(config, tensors) of a folder, a file, or a Hub repository, there of a revision."""
     config_file, weights = _files(model_name)
     if weights is not None and revision is not None:
@@ -131,7 +132,7 @@ def _fetch(model_name: str, revision: Optional[str] = None) -> "tuple[dict, dict
 
 
 def settled(
-    config: TrainConfig, model: Optional[nn.Module], device: torch.device, resumed: Optional[dict] = None
+    config: TrainConfig, model: nn.Module | None, device: torch.device, resumed: dict | None = None
 ) -> TrainConfig:
     """A copy of the config with what it leaves open decided: use_amp, repa_encoder_dtype, readout_weight.
 
@@ -152,10 +153,10 @@ def settled(
         decided["repa_encoder_dtype"] = from_first(lambda: name_of(encoder_dtype(was, device)))
     if config.readout_weight is None:
         decided["readout_weight"] = resumed.get("readout_weight", 0.0) if resumed else config.settled_readout_weight
-    return dataclasses.replace(config, **decided)
+    return config.model_copy(update=decided)
 
 
-def build_readout(config: TrainConfig, model: nn.Module) -> Optional[TokenReadout]:
+def build_readout(config: TrainConfig, model: nn.Module) -> TokenReadout | None:
     """The read-out of a model's tokens that is trained beside it, on the CPU; None if the settings ask for none."""
     if not config.uses_readout:
         return None
@@ -172,6 +173,46 @@ def set_vae_dtype(config: TrainConfig, vae: nn.Module, device: torch.device) -> 
         vae.dtype_override = DTYPES[config.vae_dtype]
     elif config.use_amp and device.type == "cuda" and computes_bf16(device):
         vae.dtype_override = torch.bfloat16
+
+
+def select_trained_parameters(config: TrainConfig, model: nn.Module, device: torch.device) -> None:
+    """Freeze what the settings do not train, and set gradient checkpointing and the VAE's precision.
+
+    Raises:
+        ConfigError: A VAE without parameters is to be trained.
+    """
+    for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
+        part.requires_grad_(getattr(config, f"train_{name}"))
+        for module in part.modules():
+            if getattr(module, "posemb_type", None) == "sincos":
+                module.requires_grad_(False)  # a table, not a weight
+            if hasattr(module, "use_act_checkpoint"):
+                module.use_act_checkpoint = config.gradient_checkpointing
+    vae = model.vae
+    if config.train_vae and not any(True for _ in vae.parameters()):
+        raise ConfigError("train_vae is true, but this model's VAE has no parameters")
+    for name, parameter in vae.named_parameters():
+        parameter.requires_grad_(config.train_vae and name != "logvar")  # which plays no part in any loss
+    vae.frozen = not config.train_vae
+    vae.force_vae_encode = False  # a trained VAE's latents come from its own loss; others are never there
+    set_vae_dtype(config, vae, device)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each transformer block: all of a width share one graph, and it goes together with DDP and FSDP.
+
+    Raises:
+        ConfigError: There is no C++ compiler, which torch.compile needs.
+    """
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
+    if not any(map(shutil.which, compilers)):
+        raise ConfigError(
+            f"compile is true, but there is no C++ compiler ({' or '.join(compilers)}): install g++, or set CXX or "
+            "compile: false"
+        )
+    for module in model.modules():
+        if isinstance(module, TransformerBlock):
+            module.compile()
 
 
 def check_image_size(model: nn.Module, img_size: int) -> None:
@@ -193,7 +234,7 @@ def check_image_size(model: nn.Module, img_size: int) -> None:
             raise ConfigError(f"the model's config makes no working model: {type(error).__name__}: {error}") from error
 
 
-def check_repa_model(model: nn.Module, layers: Optional[List[int]] = None) -> List[int]:
+def check_repa_model(model: nn.Module, layers: list[int] | None = None) -> list[int]:
     """The decoder layers that REPA aligns: `layers`, by default those that the model's config keeps.
 
     Raises:
@@ -217,19 +258,18 @@ def check_repa_model(model: nn.Module, layers: Optional[List[int]] = None) -> Li
     return list(layers)
 
 
-def decoder_grid(model: nn.Module, img_size: int) -> Tuple[int, int]:
+def decoder_grid(model: nn.Module, img_size: int) -> tuple[int, int]:
     """Rows and columns of the decoder's patches for square images of this size."""
     embedder = next(module for module in model.decoder.modules() if isinstance(module, PatchEmbedder))
     latents = img_size // model.vae.downsample_factor
     return latents // embedder.patch_sizes[0], latents // embedder.patch_sizes[1]
 
 
-def repa_target_size(config: TrainConfig, model: nn.Module) -> Tuple[int, int]:
+def repa_target_size(config: TrainConfig, model: nn.Module) -> tuple[int, int]:
     """The grid (H, W) that `repa_target_size` means for this model."""
     if config.repa_target_size != "auto":
         return tuple(config.repa_target_size)
-    from ..model.utils.repa_encoders import encoder_facts
-    from ..model.utils.repa_loss import auto_target_size
+    from ..model.utils.repa_loss import auto_target_size, encoder_facts
 
     facts = encoder_facts(config.repa_encoder_type, config.repa_image_size)
     return auto_target_size(facts.grid, decoder_grid(model, config.img_size))
@@ -271,7 +311,8 @@ def build_repa_module(config: TrainConfig, model: nn.Module, device: torch.devic
 
 def check_repa_settings(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError unless encoder, dimensions, image size and dtype fit each other; loads nothing."""
-    from ..model.utils.repa_encoders import check_encoder_settings, check_trust, encoder_dtype, encoder_facts
+    from ..model.utils.repa_encoders import encoder_dtype
+    from ..model.utils.repa_loss import check_encoder_settings, check_trust, encoder_facts
 
     try:
         check_encoder_settings(config.repa_encoder_type, config.repa_encoder_dim, config.repa_image_size)

@@ -1,16 +1,55 @@
 """Pictures of a run: grids of reconstructions and curves of losses."""
 
 import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Sequence
 
 import torch
+import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 
 from ..utils.demo import batch_to_pil
 from ..utils.files import write_atomically
+from ..utils.random import PICTURE_STEP, RANDOM_KEY, BatchRandom
+from .token_use import reconstructions
 
 MIN_CELL = 128  # pixels; smaller images are enlarged by a whole factor, so that titles fit and pixels stay visible
+
+
+def flexible_length(
+    model: nn.Module,
+    batches: Iterable[torch.Tensor],
+    counts: list[int],
+    seed: int,
+    device: torch.device,
+    before_each: Callable[[], None],
+    **sampler,
+) -> dict[str, torch.Tensor]:
+    """Columns of a picture by title, each [N, 3, H, W] in [-1, 1]: the VAE's images, those from k tokens, originals.
+
+    Args:
+        model: In evaluation mode.
+        batches: The images [B, 3, H, W] in [-1, 1].
+        counts: Token counts k.
+        seed: Seed of the noise that the sampler starts from.
+        before_each: Called before each reconstruction; may raise.
+        sampler: timesteps, guidance_scale and perform_norm_guidance of `FlexTok.decode`.
+    """
+    vae, columns = model.vae, {}
+    done = 0
+    for images in batches:
+        images = images.to(device)
+        random = BatchRandom(seed, PICTURE_STEP, torch.arange(done, done + len(images), device=device))
+        done += len(images)
+        encoded = model.encode({vae.images_read_key: images, RANDOM_KEY: random})
+        latents = encoded[vae.vae_latents_write_key]
+        decoded = vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key]
+        columns.setdefault("VAE", []).append(decoded.clamp(-1, 1))
+        noise = random.normal("picture", latents.shape[1:]).to(latents.dtype)
+        for k, images_of_k in reconstructions(model, encoded, noise, counts, before_each, **sampler):
+            columns.setdefault(f"{k} token{'s' if k > 1 else ''}", []).append(images_of_k)
+        columns.setdefault("original", []).append(images)
+    return {title: torch.cat(parts) for title, parts in columns.items()}
 
 
 def save_grid(columns: Sequence[torch.Tensor], titles: Sequence[str], path: Path) -> None:
@@ -68,5 +107,5 @@ def save_curves(metrics_path: Path, path: Path) -> None:
         axis.set_xlabel("step")
         axis.set_title(titles[name])
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(fontsize="small", framealpha=0.6)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Dict, List, Tuple
 
 import torch
 
@@ -14,7 +13,9 @@ from .config import TrainConfig
 from .models import repa_target_size
 
 
-def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torch.device, run_dir: Path, resume) -> str:
+def summary(
+    config: TrainConfig, model, train_dataset, val_dataset, device: torch.device, run_dir: Path | None, resume
+) -> str:
     """What this run is, in a few lines; `model` may be without weights, or None if its config is not known yet."""
     millions = lambda n: f"{n / 1e6:.2f} M"  # noqa: E731
     lines = []
@@ -63,16 +64,16 @@ def summary(config: TrainConfig, model, train_dataset, val_dataset, device: torc
     if dtype is None and device.type == "cpu" and computes_bf16(device):
         text += " (bf16, which this CPU knows, is slower or was not asked for)"
     lines.append(("device", f"{where}, {text}"))
-    lines.append(("run folder", str(run_dir)))
+    lines.append(("run folder", "new, by name and date" if run_dir is None else str(run_dir)))
     if resume is not None:
         lines.append(("resume", str(resume)))
     return "\n".join(f"  {label:<13} {text}" for label, text in lines)
 
 
-def repa_summary(config: TrainConfig, model, device: torch.device) -> List[Tuple[str, str]]:
+def repa_summary(config: TrainConfig, model, device: torch.device) -> list[tuple[str, str]]:
     """The summary's lines on REPA."""
-    from ..model.utils.repa_encoders import encoder_dtype, encoder_facts
-    from ..model.utils.repa_loss import projector_parameters
+    from ..model.utils.repa_encoders import encoder_dtype
+    from ..model.utils.repa_loss import encoder_facts, projector_parameters
 
     facts = encoder_facts(config.repa_encoder_type, config.repa_image_size)
     dtype = name_of(encoder_dtype(config.repa_encoder_dtype, device))
@@ -99,7 +100,7 @@ def repa_summary(config: TrainConfig, model, device: torch.device) -> List[Tuple
     return lines
 
 
-def cache_summary(config: TrainConfig, train_dataset, val_dataset, device: torch.device) -> List[Tuple[str, str]]:
+def cache_summary(config: TrainConfig, train_dataset, val_dataset, device: torch.device) -> list[tuple[str, str]]:
     """The summary's line on the feature cache; raises CacheError for one that does not fit the run."""
     from ..data.caching import feature_plans
 
@@ -108,7 +109,7 @@ def cache_summary(config: TrainConfig, train_dataset, val_dataset, device: torch
     return [("feature cache" if split == "train" else "", plan.describe()) for split, plan in plans.items()]
 
 
-def what_was_learned(metrics: Dict[str, float], warnings: Dict[str, str]) -> str:
+def what_was_learned(metrics: dict[str, float], warnings: dict[str, str]) -> str:
     """The end of a run in numbers: what its last validation and picture measured, as lines; empty if nothing was."""
     lines = []
     by_count = {int(key.removeprefix("val/psnr_k")): metrics[key] for key in metrics if key.startswith("val/psnr_k")}

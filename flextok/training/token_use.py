@@ -1,29 +1,39 @@
 """Whether the tokens work: flow loss by token count and noise level, codes in use, reconstructions by token count."""
 
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import Dataset
 
+from ..data.batch import plain_images
 from ..evaluation.tokens import code_statistics
-from ..utils.random import BatchRandom
+from ..utils.config import ConfigError, nearest
+from ..utils.random import RANDOM_KEY, TOKENS_STEP, BatchRandom
+
+log = logging.getLogger("flextok")
 
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 POSITIONS = (1, 2, 4)  # whose codes are looked at, counted from 1
+MEAN_IMAGES = 1000
 LEAST_RISE = 0.1  # dB of PSNR from one token to all of them, below which the others carry nothing
 
 
-def powers_of_four(n: int) -> List[int]:
+def powers_of_four(n: int) -> list[int]:
     """1, 4, 16 ... up to n, and n itself."""
     return sorted({4**i for i in range(n.bit_length()) if 4**i <= n} | {n})
 
 
-def flow_loss_names(n_registers: int) -> List[str]:
-    return [f"flow_loss_k{k}" for k in powers_of_four(n_registers)] + [f"flow_loss_t{t}" for t in NOISE_LEVELS]
+def metric_names(n_registers: int) -> list[str]:
+    """Names of what `measure_tokens` gives for a model of so many registers."""
+    names = [f"flow_loss_k{k}" for k in powers_of_four(n_registers)] + [f"flow_loss_t{t}" for t in NOISE_LEVELS]
+    return names + [f"codes_{what}_{p}" for what in ("distinct", "entropy") for p in POSITIONS if p <= n_registers]
 
 
-def flow_losses(model: nn.Module, encoded: dict, random: BatchRandom) -> Dict[str, torch.Tensor]:
+def flow_losses(model: nn.Module, encoded: dict, random: BatchRandom) -> dict[str, torch.Tensor]:
     """Flow loss of a batch by token count and by noise level, with fixed noise and no sampler.
 
     `flow_loss_k4` is that from the first 4 tokens, with noise levels drawn as in training; `flow_loss_t0.5` that from
@@ -55,7 +65,31 @@ def flow_losses(model: nn.Module, encoded: dict, random: BatchRandom) -> Dict[st
     return losses
 
 
-def code_metrics(tokens: torch.Tensor, codebook_size: int) -> Dict[str, float]:
+def measure_tokens(
+    model: nn.Module, batches: Iterable[torch.Tensor], n: int, seed: int, device: torch.device
+) -> tuple[dict[str, float], torch.Tensor]:
+    """How n images use their tokens, and those tokens [n, L]: see `flow_losses` and `code_metrics`.
+
+    Args:
+        model: In evaluation mode.
+        batches: The images [B, 3, H, W] in [-1, 1].
+        seed: Seed of noise, noise levels and VAE samples.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    tokens: list[torch.Tensor] = []
+    for images in batches:
+        first = sum(map(len, tokens))
+        random = BatchRandom(seed, TOKENS_STEP, torch.arange(first, first + len(images), device=device), n)
+        encoded = model.encode({model.vae.images_read_key: images.to(device), RANDOM_KEY: random})
+        tokens.append(encoded[model.regularizer.tokens_write_key])
+        for name, value in flow_losses(model, encoded, random).items():
+            sums[name] = sums.get(name, 0.0) + value * len(images) / n
+    all_tokens = torch.cat(tokens).cpu()
+    metrics = {name: float(value) for name, value in sums.items()}
+    return {**metrics, **code_metrics(all_tokens, model.regularizer.codebook_size)}, all_tokens
+
+
+def code_metrics(tokens: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Share of images with a code of their own, and entropy in bits, at the positions 1, 2 and 4 of tokens [N, L]."""
     statistics = code_statistics(tokens, codebook_size)
     metrics = {}
@@ -66,8 +100,8 @@ def code_metrics(tokens: torch.Tensor, codebook_size: int) -> Dict[str, float]:
 
 
 def reconstructions(
-    model: nn.Module, encoded: dict, noise: torch.Tensor, counts: List[int], before_each: Callable[[], None], **sampler
-) -> Iterator[Tuple[int, torch.Tensor]]:
+    model: nn.Module, encoded: dict, noise: torch.Tensor, counts: list[int], before_each: Callable[[], None], **sampler
+) -> Iterator[tuple[int, torch.Tensor]]:
     """(k, images [B, 3, H, W]) of a batch from its first k tokens, for each of `counts`.
 
     Args:
@@ -91,7 +125,7 @@ def psnr(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
     return -10 * ((images - originals).square().flatten(1).mean(1) / 4).log10()
 
 
-def tokens_warning(tokens: Optional[torch.Tensor] = None, psnr_by_count: Optional[Dict[int, float]] = None) -> str:
+def tokens_warning(tokens: torch.Tensor | None = None, psnr_by_count: dict[int, float] | None = None) -> str:
     """What is wrong with the tokens of some images, in plain words; empty if nothing is seen to be.
 
     Args:
@@ -99,8 +133,8 @@ def tokens_warning(tokens: Optional[torch.Tensor] = None, psnr_by_count: Optiona
         psnr_by_count: PSNR in dB of their reconstructions by token count.
     """
     advice = (
-        "The decoder works without them. Train longer; if that does not help: readout_weight 1 with a larger readout_lr "
-        "(new models), a smaller encoder_lr, or latents of fewer channels (README, 'What makes tokens useful sooner')"
+        "The decoder works without them. Train longer; if that does not help: readout_weight 1 with a larger "
+        "readout_lr (new models), a smaller encoder_lr, or latents of fewer channels (README_EXPERIMENTS.md)"
     )
     if tokens is not None and len(tokens) > 1 and bool((tokens == tokens[0]).all()):
         return f"the tokens carry nothing: all {len(tokens)} images have the same code at every position. {advice}"
@@ -112,3 +146,34 @@ def tokens_warning(tokens: Optional[torch.Tensor] = None, psnr_by_count: Optiona
                 f"({psnr_by_count[first]:.2f} dB from {first}, {psnr_by_count[last]:.2f} dB from {last}). {advice}"
             )
     return ""
+
+
+def check_best_metric(config: Any, n_registers: int, picture_counts: list[int], fine_tunes: bool) -> None:
+    """Raise ConfigError unless the validations of a run log its `best_metric`.
+
+    Args:
+        config: TrainConfig.
+        n_registers: Largest number of tokens per image.
+        picture_counts: Token counts in pictures.
+        fine_tunes: Whether `val/codes_kept` is logged.
+    """
+    names = ["loss", "flow_loss", *["vae_loss"] * config.train_vae, *["repa_loss"] * config.use_repa]
+    if config.val_token_images:
+        names += metric_names(n_registers) + ["codes_kept"] * fine_tunes
+    names = [f"val/{name}" for name in names + [f"psnr_k{k}" for k in picture_counts]]
+    if config.best_metric not in names:
+        raise ConfigError(
+            f"best_metric is {config.best_metric}, which this run does not log{nearest(config.best_metric, names)}: "
+            f"expected one of {', '.join(names)}"
+        )
+    if config.use_repa and config.repa_stop is not None and config.best_metric in ("val/loss", "val/repa_loss"):
+        log.warning("best_metric is %s, which loses its REPA part at repa_stop: best.pt stays the one of before",
+                    config.best_metric)  # fmt: skip
+
+
+def mean_image(dataset: Dataset, batch_size: int) -> torch.Tensor:
+    """Mean of up to 1,000 images of a dataset, [1, 3, H, W]: what a decoder without tokens can hope for."""
+    indices = range(0, len(dataset), max(1, len(dataset) // MEAN_IMAGES))
+    batches = plain_images(dataset, indices, batch_size)
+    total = sum(images.sum(dim=0, keepdim=True, dtype=torch.float64) for images in batches)
+    return (total / len(indices)).float()

@@ -1,18 +1,21 @@
-"""The container rule: a `data_dict` holds lists of [1, ...] tensors or batches [B, ...]; what goes in comes out.
+"""The container rule: a `data_dict` holds batches [B, ...] or lists of [1, ...] tensors; what goes in comes out.
 
-Modules are written for batches. `dense_batches` wraps their entry points: a list becomes one batch (one per shape, if
-the shapes are mixed), and what the module wrote comes back as lists of [1, ...].
+Modules take batches alone. `dense_batches` converts at the border: at the public methods of FlexTok, at
+SequentialModuleDictWrapper and at MinRFPipeline.
 """
 
 import functools
-from typing import Any, Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from .random import BatchRandom
 
 
-def as_batch_tensor(data_dict: dict, key: str, like: torch.Tensor, dtype=None, same_batch: bool = True) -> torch.Tensor:
+def as_batch_tensor(
+    data_dict: dict, key: str, like: torch.Tensor, dtype: torch.dtype | None = None, same_batch: bool = True
+) -> torch.Tensor:
     """A control value (a list or tensor with one entry per image) as a tensor [B] on the device of `like`.
 
     Raises:
@@ -27,83 +30,94 @@ def as_batch_tensor(data_dict: dict, key: str, like: torch.Tensor, dtype=None, s
     return value
 
 
-def _is_sample_list(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(v, torch.Tensor) and v.ndim > 0 for v in value)
+def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Values [B] as [B, 1, ..., 1], to be broadcast over `like` [B, ...]."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def dense_batches(method: Callable) -> Callable:
-    """Let `method(self, data_dict, ...)`, written for batched tensors, also take and return lists of [1, ...]."""
+    """Let `method(self, data_dict, ...)`, written for batches, also take lists of [1, ...] tensors and give them back.
+
+    Images of one shape run as one batch; lists of mixed shapes run shape by shape.
+    """
 
     @functools.wraps(method)
-    def wrapper(self, data_dict, *args, **kwargs):
-        if not any(_is_sample_list(value) for value in data_dict.values()):
+    def wrapper(self, data_dict: dict, *args, **kwargs) -> dict:
+        list_keys = [key for key, value in data_dict.items() if _is_list_of_images(value)]
+        if not list_keys:
             return method(self, data_dict, *args, **kwargs)
-        return _run_by_shape(functools.partial(method, self), data_dict, args, kwargs)
+        return _run_by_shape(functools.partial(method, self), data_dict, list_keys, args, kwargs)
 
     return wrapper
 
 
-def _run_by_shape(method: Callable, data_dict: dict, args, kwargs) -> dict:
-    list_keys = [key for key, value in data_dict.items() if _is_sample_list(value)]
+def select_images(data_dict: dict, indices: Sequence[int], n: int, list_keys: Sequence[str] = ()) -> dict:
+    """A data_dict of the images at `indices` of n, in which the lists under `list_keys` become batches [B, ...]."""
+    selected = dict(data_dict)
+    for key, value in data_dict.items():
+        if key in list_keys:
+            selected[key] = torch.cat([value[i] for i in indices])
+        elif isinstance(value, BatchRandom):
+            selected[key] = value.select(indices)
+        elif isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == n:
+            selected[key] = value[indices]
+        elif isinstance(value, list) and len(value) == n:
+            selected[key] = [value[i] for i in indices]
+    return selected
+
+
+def _is_list_of_images(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(v, torch.Tensor) and v.ndim > 0 for v in value)
+
+
+def _run_by_shape(method: Callable, data_dict: dict, list_keys: list[str], args: tuple, kwargs: dict) -> dict:
+    n = _number_of_images(data_dict, list_keys)
+    indices_by_shape: dict[tuple, list[int]] = {}
+    for i in range(n):
+        shapes = tuple(data_dict[key][i].shape for key in list_keys)
+        indices_by_shape.setdefault(shapes, []).append(i)
+
+    results = []
+    written = set()  # keys whose value is another object than before
+    for indices in indices_by_shape.values():
+        batch = select_images(data_dict, indices, n, list_keys)
+        out = method(dict(batch), *args, **kwargs)
+        results.append((indices, out))
+        written |= {key for key in out if key not in batch or out[key] is not batch[key]}
+    for key in data_dict.keys() - out.keys():
+        del data_dict[key]
+    for key in out:
+        if key in written:
+            data_dict[key] = _merge([(indices, out[key]) for indices, out in results], n, data_dict.get(key))
+    return data_dict
+
+
+def _number_of_images(data_dict: dict, list_keys: list[str]) -> int:
+    """The length of the lists; raises ValueError unless all have the same, and entries [1, ...]."""
     n = len(data_dict[list_keys[0]])
     for key in list_keys:
         if len(data_dict[key]) != n:
             raise ValueError(f"{list_keys[0]!r} lists {n} images, but {key!r} lists {len(data_dict[key])}")
         for tensor in data_dict[key]:
-            if tensor.shape[0] != 1:
+            if len(tensor) != 1:
                 raise ValueError(
                     f"{key!r} is a list, so each entry must be one image [1, ...], but one is {list(tensor.shape)}: "
                     "pass a single batched tensor, or a list of [1, ...]"
                 )
-    groups: dict = {}
-    for i in range(n):
-        groups.setdefault(tuple(data_dict[key][i].shape for key in list_keys), []).append(i)
-
-    results, written = [], set()  # what a module wrote is known by its identity
-    for indices in groups.values():
-        dense = gather(data_dict, list_keys, indices, n)
-        out = method(dict(dense), *args, **kwargs)
-        written |= {key for key in out if key not in dense or out[key] is not dense[key]}
-        results.append((indices, out))
-    merged = {key: _scatter(key, results, data_dict, n) if key in written else data_dict[key] for key in results[0][1]}
-    for key in list(data_dict):
-        if key not in merged:
-            del data_dict[key]
-    data_dict.update(merged)
-    return data_dict
+    return n
 
 
-def gather(data_dict: dict, list_keys: list, indices: list, n: int) -> dict:
-    """The dense data_dict of the images at `indices` of n; the values under `list_keys` are lists of [1, ...]."""
-    dense = {}
-    for key, value in data_dict.items():
-        if key in list_keys:
-            dense[key] = torch.cat([value[i] for i in indices])
-        elif isinstance(value, BatchRandom):
-            dense[key] = value.select(indices)
-        elif isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == n:
-            dense[key] = value[indices]
-        elif isinstance(value, list) and len(value) == n:
-            first = value[indices[0]]
-            # What a packer noted (shapes, a mask) is the same for all images of a group; the rest are control values.
-            dense[key] = first if first is None or isinstance(first, tuple) else [value[i] for i in indices]
-        else:
-            dense[key] = value
-    return dense
+def _merge(results: list[tuple[list[int], Any]], n: int, before: Any) -> list | torch.Tensor:
+    """What each group wrote, as a list of one value per image.
 
-
-def _scatter(key: str, results: list, data_dict: dict, n: int):
-    """Merge the groups' values of one key into the container that belongs outside."""
-    before = data_dict.get(key)
-    per_image = [None] * n
-    tensors = True
-    for indices, out in results:
-        value = out[key]
-        batched = isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == len(indices)
-        tensors = tensors and batched
-        for j, i in enumerate(indices):
-            per_image[i] = value[j : j + 1] if batched else value
-    stays_batched = tensors and (isinstance(before, torch.Tensor) or (before is None and per_image[0].ndim == 1))
-    if stays_batched and len({tensor.shape for tensor in per_image}) == 1:
-        return torch.cat(per_image)
-    return per_image
+    It becomes a batch where `before`, the value that it replaces, was one, and where it is a new number per image.
+    """
+    values: list = [None] * n
+    for indices, value in results:
+        is_batch = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(indices)
+        for i, one in zip(indices, value.split(1) if is_batch else [value] * len(indices), strict=True):
+            values[i] = one
+    if not _is_list_of_images(values) or len({value.shape for value in values}) > 1:
+        return values
+    is_batch = isinstance(before, torch.Tensor) or (before is None and values[0].ndim == 1)
+    return torch.cat(values) if is_batch else values

@@ -4,13 +4,13 @@ A config is data from a stranger: only the names in `ALLOWED_TARGETS` can be bui
 anything is imported.
 """
 
-import contextlib
 import difflib
 import functools
 import importlib
 import inspect
 import reprlib
-from typing import Any, Iterator
+from collections.abc import Iterable
+from typing import Any
 
 from .errors import UserError
 
@@ -62,88 +62,24 @@ UNSUPPORTED_TARGETS = frozenset(
     }
 )
 
-# Far beyond any published model (1 000 modules), and little enough to be looked at in a moment.
-MAX_DEPTH = 32  # of nested dicts and lists
-MAX_VALUES = 100_000  # keys, values and items, those that are repeated by reference counted each time
-MAX_TEXT = 10_000_000  # characters in all texts together
-MAX_BITS = 64  # of a whole number
-MAX_MODULES = 10_000  # that a config builds
-
 _SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 200, 200, 40
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 10
+_SHORT.maxstring = _SHORT.maxother = 200  # characters
+_SHORT.maxlist = _SHORT.maxdict = 10  # items
 
 
 class ConfigError(UserError, ValueError):
     """A config that cannot be built; the message says where in the tree, what was given and what was expected."""
 
 
-def nearest(name: Any, known) -> str:
+def nearest(name: Any, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` if a known name is close to the text `name`, else an empty string."""
-    if not isinstance(name, str) or len(name) > 200:
-        return ""
-    matches = difflib.get_close_matches(name, list(known), n=1)
+    matches = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else ()
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def shown(value: Any) -> str:
     """`repr(value)` for a message, with what is long or deep in it left out."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python writes no whole number of more than 4300 digits
-        return f"a {type(value).__name__} that is too long to show"
-
-
-def check_tree(tree: Any, where: str = "config") -> None:
-    """Refuse values from a file that are small there and enormous once written out.
-
-    Args:
-        tree: Dicts, lists, tuples, sets and plain values. A part that appears in several places counts in each.
-        where: Name for messages.
-
-    Raises:
-        ConfigError: More than MAX_DEPTH levels, MAX_VALUES values or MAX_TEXT characters, or a number beyond MAX_BITS.
-    """
-    n_values = n_characters = 0
-    stack = [(tree, 0)]
-    while stack:
-        value, depth = stack.pop()
-        if isinstance(value, (str, bytes)):
-            n_characters += len(value)
-        elif isinstance(value, int) and value.bit_length() > MAX_BITS:
-            raise ConfigError(f"{where}: a whole number of {value.bit_length()} bits, expected at most {MAX_BITS}")
-        elif isinstance(value, (dict, list, tuple, set, frozenset)):
-            n_values += len(value) * (2 if isinstance(value, dict) else 1)
-            if depth > MAX_DEPTH:
-                raise ConfigError(f"{where}: the config is nested deeper than {MAX_DEPTH} levels")
-            if n_values <= MAX_VALUES:
-                children = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-                stack.extend((child, depth + 1) for child in children)
-        if n_values > MAX_VALUES or n_characters > MAX_TEXT:
-            raise ConfigError(
-                f"{where}: more than {MAX_VALUES} values or {MAX_TEXT} characters, with what is repeated by reference "
-                "written out: shorten it"
-            )
-
-
-@contextlib.contextmanager
-def _limited_modules(where: str) -> Iterator[None]:
-    """Within, a config that builds more than MAX_MODULES modules ends in ConfigError, however it nests them."""
-    from torch.nn.modules.module import register_module_module_registration_hook
-
-    n_modules = 0
-
-    def count(*_: Any) -> None:
-        nonlocal n_modules
-        n_modules += 1
-        if n_modules > MAX_MODULES:
-            raise ConfigError(f"{where}: the config asks for more than {MAX_MODULES} modules: reduce its depth")
-
-    handle = register_module_module_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return _SHORT.repr(value)
 
 
 def _lookup(target: Any, where: str):
@@ -159,10 +95,6 @@ def _lookup(target: Any, where: str):
         )
     module, name = target.rsplit(".", 1)
     return getattr(importlib.import_module(module), name)
-
-
-def _name(key: Any) -> str:
-    return key if isinstance(key, str) and len(key) <= 200 else shown(key)
 
 
 def _signature(target) -> inspect.Signature:
@@ -183,65 +115,50 @@ def instantiate(config: Any, _where: str = "config", **extra) -> Any:
 
     Raises:
         ConfigError: `_target_` not allowed (anywhere in the tree), an unknown or missing constructor argument, or
-            arguments that the constructor refuses; a tree too large for `check_tree`, or too many modules.
+            arguments that the constructor refuses.
     """
-    check_tree(config, _where)
-    with _limited_modules(_where):
-        return _build(config, _where, extra)
-
-
-def _build(config: Any, where: str, extra: dict) -> Any:
     if isinstance(config, (list, tuple)):
-        return [_build(value, f"{where}[{i}]", {}) for i, value in enumerate(config)]
+        return [instantiate(value, f"{_where}[{i}]") for i, value in enumerate(config)]
     if not isinstance(config, dict):
         return config
     if "_target_" not in config:
-        return {key: _build(value, f"{where}.{_name(key)}", {}) for key, value in config.items()}
+        return {key: instantiate(value, f"{_where}.{key}") for key, value in config.items()}
 
     if config["_target_"] == "hydra.utils.get_method":
         path = config.get("path")
         if set(config) - {"_target_", "path"} or not isinstance(path, str) or path not in ALLOWED_FUNCTIONS:
             raise ConfigError(
-                f"{where}: hydra.utils.get_method of {shown(path)} is not allowed, only of {sorted(ALLOWED_FUNCTIONS)}"
+                f"{_where}: hydra.utils.get_method of {shown(path)} is not allowed, only of {sorted(ALLOWED_FUNCTIONS)}"
             )
-        return _lookup(path, where)
+        return _lookup(path, _where)
 
-    target = _lookup(config["_target_"], where)
+    target = _lookup(config["_target_"], _where)
     partial = config.get("_partial_", False)
     if not isinstance(partial, bool):
-        raise ConfigError(f"{where}: _partial_ is {shown(partial)}, expected true or false")
+        raise ConfigError(f"{_where}: _partial_ is {shown(partial)}, expected true or false")
     given = {key: value for key, value in config.items() if key not in ("_target_", "_partial_")}
     signature = _signature(target)
     for key in given:
         if key not in signature.parameters:
             raise ConfigError(
-                f"{where}: {config['_target_']} takes no argument "
+                f"{_where}: {config['_target_']} takes no argument "
                 f"{shown(key)}{nearest(key, signature.parameters)}; it takes "
                 f"{', '.join(signature.parameters)}"
             )
     if config["_target_"].endswith(".FlexTokFromHub"):  # takes the tree itself, not what it describes
         arguments = given
     else:
-        arguments = {key: _build(value, f"{where}.{key}", {}) for key, value in given.items()}
+        arguments = {key: instantiate(value, f"{_where}.{key}") for key, value in given.items()}
     arguments.update(extra)
     if partial:
         return functools.partial(target, **arguments) if arguments else target
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        raise ConfigError(f"{where}: {config['_target_']}: {error}") from None
+        raise ConfigError(f"{_where}: {config['_target_']}: {error}") from None
     try:
         return target(**arguments)
     except ConfigError:
         raise
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        NotImplementedError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-    ) as error:
-        raise ConfigError(f"{where}: {config['_target_']}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError, MemoryError) as error:
+        raise ConfigError(f"{_where}: {config['_target_']}: {error}") from error

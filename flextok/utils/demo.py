@@ -2,7 +2,7 @@
 
 import io
 import urllib.request
-from typing import List, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -39,7 +39,7 @@ def denormalize(images: torch.Tensor, mean: Sequence[float] = MEAN, std: Sequenc
     return (images * std + mean).clamp(0, 1)
 
 
-def batch_to_pil(images: torch.Tensor) -> List[Image.Image]:
+def batch_to_pil(images: torch.Tensor) -> list[Image.Image]:
     """[B, 3, H, W] in [-1, 1] -> PIL images."""
     pixels = (denormalize(images.float()) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in pixels]

@@ -4,14 +4,13 @@ import ctypes
 import os
 import platform
 import re
-from typing import Optional
 
 import torch
 
 from .config import ConfigError
 
 
-def chosen_device(name: Optional[str]) -> torch.device:
+def chosen_device(name: str | None) -> torch.device:
     """The device called `cpu`, `cuda` or `cuda:N`, by default cuda if there is one; made the current one.
 
     Of torchrun's processes on a node each takes a CUDA device of its own.

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import time
-from typing import Optional
 
 import torch
 
@@ -14,7 +13,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-def parse_dtype(name: Optional[str]) -> Optional[torch.dtype]:
+def parse_dtype(name: str | None) -> torch.dtype | None:
     """The dtype of a `dtype_override` setting (None stays None); raises ValueError for an unknown name."""
     if name is None or isinstance(name, torch.dtype):
         return name
@@ -28,7 +27,7 @@ def name_of(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def precision(device: torch.device, dtype: Optional[torch.dtype]):
+def precision(device: torch.device, dtype: torch.dtype | None):
     """Context in which matrix products run in `dtype`: None leaves autocast as it is, fp32 switches it off."""
     if dtype is None:
         return contextlib.nullcontext()
@@ -81,8 +80,8 @@ def faster_in_bf16(device: torch.device, width: int, hidden: int, rows: int = 51
     return min(seconds[torch.float32]) > BF16_GAIN * min(seconds[torch.bfloat16])
 
 
-def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
-    """What `use_amp: true` means: bf16 where the device has instructions for it; fp16 on older GPUs; else None (fp32)."""
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What `use_amp: true` means: bf16 where the device computes it; fp16 on older GPUs; else None (fp32)."""
     if computes_bf16(device):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else None

@@ -1,7 +1,7 @@
 """The base of errors that are the user's to mend."""
 
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 
 class UserError(Exception):

@@ -5,7 +5,8 @@ import datetime
 import functools
 import os
 import time
-from typing import Any, Callable, Iterator, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,9 @@ def joined(device: torch.device) -> Iterator[None]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    on_gpu = device.type == "cuda"
+    settings = {"device_id": device} if on_gpu else {}  # NCCL then connects at once, and knows which GPU is whose
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **settings)
     try:
         yield
     finally:

@@ -8,13 +8,16 @@ the mixed value of key + (j + 1) * gamma. All of it is integer arithmetic modulo
 
 import hashlib
 import math
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 
 MASK64 = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+# Steps of draws outside training, where every validation and picture draws the same.
+VALIDATION_STEP, PICTURE_STEP, TOKENS_STEP = -1, -2, -3
 
 # `data_dict` key under which a BatchRandom travels; modules that draw numbers look for it.
 RANDOM_KEY = "random_draws"
@@ -76,7 +79,7 @@ class BatchRandom:
         global_batch_size: Images in the global batch; stratified draws are stratified over it. Default: B.
     """
 
-    def __init__(self, seed: int, step: int, positions: torch.Tensor, global_batch_size: Optional[int] = None):
+    def __init__(self, seed: int, step: int, positions: torch.Tensor, global_batch_size: int | None = None):
         self.seed, self.step, self.positions = seed, step, positions
         self.global_batch_size = global_batch_size or len(positions)
         # Seed and step as tensors, filled on the device: a compiled step is not compiled anew for each of them.

@@ -1,6 +1,6 @@
 """adaLN-zero modulation (DiT, arXiv 2212.09748), one part per sub-sequence."""
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -32,8 +32,10 @@ def per_subsequence(
 
 
 def scale_and_shift(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x [..., n, D], modulated by shift and scale [..., 1, D]."""
     return x * (1 + scale) + shift
 
 
-def gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return gate * x
+def gate(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """x [..., n, D], times a factor [..., 1, D]."""
+    return factor * x

@@ -1,10 +1,12 @@
 """Multi-head self-attention over one dense batch of sequences."""
 
-from typing import Callable, NamedTuple, Optional
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 
 from ...utils.dtypes import for_products
 from ..utils.init import init_linear
@@ -54,11 +56,11 @@ class Attention(nn.Module):
         self.k_norm = norm_layer(head_dim) if qk_norm else nn.Identity()
         self.proj = init_linear(nn.Linear(dim, dim, bias=proj_bias), weight_init_style)
 
-    def forward(self, x: torch.Tensor, mask: Optional[BlockCausalMask] = None) -> torch.Tensor:
-        heads, x = (-1, self.head_dim), for_products(x)
-        q = self.q_norm(self.wq(x).unflatten(-1, heads)).transpose(1, 2)  # [B, heads, N, head_dim]
-        k = self.k_norm(self.wk(x).unflatten(-1, heads)).transpose(1, 2)
-        v = self.wv(x).unflatten(-1, heads).transpose(1, 2)
+    def forward(self, x: torch.Tensor, mask: BlockCausalMask | None = None) -> torch.Tensor:
+        x = for_products(x)
+        q = self.q_norm(rearrange(self.wq(x), "b n (h d) -> b n h d", d=self.head_dim)).transpose(1, 2)
+        k = self.k_norm(rearrange(self.wk(x), "b n (h d) -> b n h d", d=self.head_dim)).transpose(1, 2)
+        v = rearrange(self.wv(x), "b n (h d) -> b h n d", d=self.head_dim)
         if mask is None:
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
@@ -67,4 +69,4 @@ class Attention(nn.Module):
             if n > 0:
                 prefix = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], scale=self.scale)
                 out = torch.cat([prefix, out], dim=2)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(rearrange(out, "b h n d -> b n (h d)"))

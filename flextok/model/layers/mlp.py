@@ -1,6 +1,6 @@
 """The two-layer MLP of a transformer block, gated (SwiGLU, arXiv 2002.05202) or plain."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -11,7 +11,7 @@ from ..utils.init import init_linear
 
 
 class Mlp(nn.Module):
-    """fc2(act(fc1 x)) with int(mlp_ratio * dim) hidden units."""
+    """[..., dim] -> [..., dim]: fc2(act(fc1 x)) with int(mlp_ratio * dim) hidden units."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """fc2(act(fc1 x) * fc3 x) with int(2 * int(mlp_ratio * dim) / 3) hidden units."""
+    """[..., dim] -> [..., dim]: fc2(act(fc1 x) * fc3 x) with int(2 * int(mlp_ratio * dim) / 3) hidden units."""
 
     def __init__(
         self,
@@ -51,7 +51,8 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = for_products(x)
-        gate, up = self.fc1(x), self.fc3(x)
+        gate = self.fc1(x)
+        up = self.fc3(x)
         return self.fc2(SiluProduct.apply(gate, up) if type(self.act) is nn.SiLU else self.act(gate) * up)
 
 

@@ -1,11 +1,11 @@
 """Output heads: a norm, optionally modulated, and a linear layer."""
 
-from typing import Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
+from einops import rearrange
 
-from ...utils.batching import dense_batches
 from ...utils.dtypes import parse_dtype, precision
 from ..layers.adaln import adaln_modulation, scale_and_shift
 from ..layers.norm import Fp32LayerNorm
@@ -30,9 +30,9 @@ class LinearHead(nn.Module):
         use_mup_readout: bool = False,
         weight_init_style: str = "zero",
         norm_layer: Callable = Fp32LayerNorm,
-        dtype_override: Optional[str] = None,
-        adaLN_emb_read_key: Optional[str] = None,
-        adaLN_packing_fn_read_key: Optional[str] = None,
+        dtype_override: str | None = None,
+        adaLN_emb_read_key: str | None = None,
+        adaLN_packing_fn_read_key: str | None = None,
         adaLN_bias: bool = True,
         proj_bias: bool = True,
     ):
@@ -44,7 +44,8 @@ class LinearHead(nn.Module):
             )
         if adaLN_packing_fn_read_key is not None:
             raise NotImplementedError(f"{type(self).__name__}: adaLN_packing_fn_read_key is not supported")
-        self.read_key, self.write_key = read_key, write_key
+        self.read_key = read_key
+        self.write_key = write_key
         self.dtype_override = parse_dtype(dtype_override)
         self.adaLN_emb_read_key = adaLN_emb_read_key
         self.norm = norm_layer(dim)
@@ -53,6 +54,7 @@ class LinearHead(nn.Module):
             self.adaLN_modulation = adaln_modulation(dim, 2 * dim, bias=adaLN_bias)
 
     def head(self, data_dict: dict) -> torch.Tensor:
+        """What `forward` writes, [B, ..., dim_out]."""
         x = data_dict[self.read_key]
         with precision(x.device, self.dtype_override):
             x = self.norm(x.to(self.dtype_override or x.dtype))
@@ -60,10 +62,10 @@ class LinearHead(nn.Module):
                 embedding = data_dict[self.adaLN_emb_read_key].to(self.dtype_override or x.dtype)
                 modulation = self.adaLN_modulation(embedding)  # [B, 2 * dim]
                 modulation = modulation.view(len(x), *[1] * (x.ndim - 2), -1)
-                x = scale_and_shift(x, *modulation.chunk(2, dim=-1))
+                shift, scale = modulation.chunk(2, dim=-1)
+                x = scale_and_shift(x, shift, scale)
             return self.proj(x)
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         data_dict[self.write_key] = self.head(data_dict)
         return data_dict
@@ -82,21 +84,31 @@ class ToPatchesLinearHead(LinearHead):
         use_mup_readout: bool = False,
         weight_init_style: str = "zero",
         norm_layer: Callable = Fp32LayerNorm,
-        dtype_override: Optional[str] = None,
-        adaLN_emb_read_key: Optional[str] = None,
-        adaLN_packing_fn_read_key: Optional[str] = None,
+        dtype_override: str | None = None,
+        adaLN_emb_read_key: str | None = None,
+        adaLN_packing_fn_read_key: str | None = None,
         adaLN_bias: bool = True,
         proj_bias: bool = True,
     ):
         p1, p2 = patch_sizes
         super().__init__(
-            read_key, write_key, dim, p1 * p2 * channels_out, use_mup_readout, weight_init_style, norm_layer,
-            dtype_override, adaLN_emb_read_key, adaLN_packing_fn_read_key, adaLN_bias, proj_bias,
-        )  # fmt: skip
+            read_key,
+            write_key,
+            dim,
+            p1 * p2 * channels_out,
+            use_mup_readout,
+            weight_init_style,
+            norm_layer,
+            dtype_override,
+            adaLN_emb_read_key,
+            adaLN_packing_fn_read_key,
+            adaLN_bias,
+            proj_bias,
+        )
         self.patch_sizes = (p1, p2)
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
-        patches = self.head(data_dict).unflatten(-1, (*self.patch_sizes, -1))  # [B, h, w, p1, p2, C]
-        data_dict[self.write_key] = patches.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        p1, p2 = self.patch_sizes
+        patches = self.head(data_dict)
+        data_dict[self.write_key] = rearrange(patches, "b h w (p q c) -> b (h p) (w q) c", p=p1, q=p2)
         return data_dict

@@ -1,11 +1,12 @@
 """Joining sub-sequences (patches, registers) into the sequence that a transformer reads."""
 
-from typing import Optional, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
+from einops import pack
 
-from ...utils.batching import dense_batches
 from ..layers.attention import BlockCausalMask
 
 MASK_MODES = ("full", "causal", "causal_last")
@@ -36,9 +37,9 @@ class BlockWiseSequencePacker(nn.Module):
         inner_packed_shapes_write_key: str,
         outer_packed_shapes_write_key: str,
         mask_mode: str = "full",
-        max_seq_len: Optional[int] = None,
-        pad_to_multiple: Optional[int] = None,
-        emb_packing_fn_write_key: Optional[str] = None,
+        max_seq_len: int | None = None,
+        pad_to_multiple: int | None = None,
+        emb_packing_fn_write_key: str | None = None,
         per_subseq_embs: bool = False,
         compile_block_mask: bool = True,
         return_materialized_mask: bool = False,
@@ -46,14 +47,17 @@ class BlockWiseSequencePacker(nn.Module):
         super().__init__()
         if mask_mode not in MASK_MODES:
             raise ValueError(f"mask_mode is {mask_mode!r}, expected one of {', '.join(MASK_MODES)}")
-        self.read_keys, self.write_key = list(input_list_read_keys), packed_seq_write_key
+        self.read_keys = list(input_list_read_keys)
+        self.write_key = packed_seq_write_key
         self.block_mask_write_key = block_mask_write_key
         self.inner_packed_shapes_write_key = inner_packed_shapes_write_key
         self.outer_packed_shapes_write_key = outer_packed_shapes_write_key
-        self.emb_packing_fn_write_key, self.per_subseq_embs = emb_packing_fn_write_key, per_subseq_embs
-        self.mask_mode, self.max_seq_len = mask_mode, max_seq_len
+        self.emb_packing_fn_write_key = emb_packing_fn_write_key
+        self.per_subseq_embs = per_subseq_embs
+        self.mask_mode = mask_mode
+        self.max_seq_len = max_seq_len
 
-    def _mask(self, lengths: Sequence[int], device: torch.device) -> Optional[BlockCausalMask]:
+    def _mask(self, lengths: Sequence[int], device: torch.device) -> BlockCausalMask | None:
         if self.mask_mode == "full":
             return None
         n_prefix = sum(lengths[:-1]) if self.mask_mode == "causal_last" else 0
@@ -61,18 +65,15 @@ class BlockWiseSequencePacker(nn.Module):
         mask = torch.ones(n_rest, n_prefix + n_rest, dtype=torch.bool, device=device).tril(n_prefix)
         return BlockCausalMask(n_prefix, mask)
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
-        sequences = [data_dict[key] for key in self.read_keys]
-        inner_shapes = tuple(tuple(sequence.shape[1:-1]) for sequence in sequences)
-        sequences = [sequence.flatten(1, -2) for sequence in sequences]
-        lengths = tuple(sequence.shape[1] for sequence in sequences)
+        sequence, shapes = pack([data_dict[key] for key in self.read_keys], "b * d")
+        lengths = tuple(math.prod(shape) for shape in shapes)
         if self.max_seq_len is not None and sum(lengths) > self.max_seq_len:
             raise ValueError(f"the packed sequence has {sum(lengths)} tokens, but max_seq_len is {self.max_seq_len}")
-        data_dict[self.write_key] = torch.cat(sequences, dim=1)
-        data_dict[self.inner_packed_shapes_write_key] = inner_shapes
+        data_dict[self.write_key] = sequence
+        data_dict[self.inner_packed_shapes_write_key] = tuple(tuple(shape) for shape in shapes)
         data_dict[self.outer_packed_shapes_write_key] = lengths
-        data_dict[self.block_mask_write_key] = self._mask(lengths, sequences[0].device)
+        data_dict[self.block_mask_write_key] = self._mask(lengths, sequence.device)
         if self.emb_packing_fn_write_key is not None:
             data_dict[self.emb_packing_fn_write_key] = lengths if self.per_subseq_embs else (sum(lengths),)
         return data_dict

@@ -1,10 +1,7 @@
 """A linear layer on one value of the data_dict."""
 
-from typing import Optional
-
 import torch.nn as nn
 
-from ...utils.batching import dense_batches
 from ...utils.dtypes import parse_dtype, precision
 from ..utils.init import init_linear
 
@@ -19,15 +16,15 @@ class LinearLayer(nn.Module):
         dim_in: int,
         dim: int,
         weight_init_style: str = "xavier",
-        dtype_override: Optional[str] = None,
+        dtype_override: str | None = None,
         proj_bias: bool = True,
     ):
         super().__init__()
-        self.read_key, self.write_key = read_key, write_key
+        self.read_key = read_key
+        self.write_key = write_key
         self.dtype_override = parse_dtype(dtype_override)
         self.proj = init_linear(nn.Linear(dim_in, dim, bias=proj_bias), weight_init_style)
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.read_key]
         with precision(x.device, self.dtype_override):

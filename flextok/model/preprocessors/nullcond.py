@@ -3,22 +3,25 @@
 import torch
 import torch.nn as nn
 
-from ...utils.batching import as_batch_tensor, dense_batches
+from ...utils.batching import as_batch_tensor, per_image
 from ...utils.random import BatchRandom
 
 
 class _NullCond(nn.Module):
+    """Replaces what stands under `read_write_key`, [B, ..., D], for the images whose condition is dropped."""
+
     def __init__(self, read_write_key: str, eval_drop_flag_read_key: str, dropout_prob: float):
         super().__init__()
         if not 0.0 <= dropout_prob <= 1.0:
             raise ValueError(f"dropout_prob is {dropout_prob}, expected 0 to 1")
-        self.read_write_key, self.eval_drop_flag_read_key = read_write_key, eval_drop_flag_read_key
+        self.read_write_key = read_write_key
+        self.eval_drop_flag_read_key = eval_drop_flag_read_key
         self.dropout_prob = dropout_prob
 
     def null(self, x: torch.Tensor) -> torch.Tensor:
+        """What the tokens of a dropped image become, [D] or []."""
         raise NotImplementedError
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.read_write_key]
         if self.training:
@@ -27,12 +30,12 @@ class _NullCond(nn.Module):
             drop = as_batch_tensor(data_dict, self.eval_drop_flag_read_key, x, torch.bool)
         else:
             return data_dict
-        data_dict[self.read_write_key] = torch.where(drop.view(-1, *[1] * (x.ndim - 1)), self.null(x), x)
+        data_dict[self.read_write_key] = torch.where(per_image(drop, x), self.null(x), x)
         return data_dict
 
 
 class LearnedNullCond(_NullCond):
-    """Every token [.., D] of a dropped image becomes the learned `nullcond` [D].
+    """Every token of a dropped image, in [B, ..., D], becomes the learned `nullcond` [D].
 
     An image is dropped with `dropout_prob` in training, and where data_dict[eval_drop_flag_read_key] (booleans, one
     per image) is true in evaluation.

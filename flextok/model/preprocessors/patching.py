@@ -1,10 +1,11 @@
 """Cutting a grid into patches."""
 
-from typing import Optional, Sequence
+import math
+from collections.abc import Sequence
 
 import torch.nn as nn
+from einops import rearrange
 
-from ...utils.batching import dense_batches
 from ..utils.init import init_linear
 
 
@@ -25,20 +26,22 @@ class PatchEmbedder(nn.Module):
         n_patches_write_key: str,
         patch_sizes: Sequence[int],
         channels_in: int,
-        dim: Optional[int] = None,
+        dim: int | None = None,
         flatten_patches: bool = False,
         weight_init_style: str = "xavier",
     ):
         super().__init__()
-        self.read_key, self.write_key = input_tensor_list_read_key, patches_list_write_key
+        self.read_key = input_tensor_list_read_key
+        self.write_key = patches_list_write_key
         self.n_patches_write_key = n_patches_write_key
         if len(patch_sizes) != 2:
             raise ValueError(f"patch_sizes is {list(patch_sizes)}, expected two sizes")
-        self.patch_sizes, self.channels_in, self.flatten_patches = tuple(patch_sizes), channels_in, flatten_patches
-        patch_dim = self.patch_sizes[0] * self.patch_sizes[1] * channels_in
+        self.patch_sizes = tuple(patch_sizes)
+        self.channels_in = channels_in
+        self.flatten_patches = flatten_patches
+        patch_dim = math.prod(self.patch_sizes) * channels_in
         self.patch_proj = nn.Identity() if dim is None else init_linear(nn.Linear(patch_dim, dim), weight_init_style)
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.read_key]
         p1, p2 = self.patch_sizes
@@ -47,8 +50,7 @@ class PatchEmbedder(nn.Module):
                 f"{self.read_key!r} is {list(x.shape)}, expected [B, H, W, {self.channels_in}] with H a multiple of "
                 f"{p1} and W of {p2}"
             )
-        patches = x.unflatten(2, (-1, p2)).unflatten(1, (-1, p1)).transpose(2, 3).flatten(3)
-        patches = self.patch_proj(patches)
+        patches = self.patch_proj(rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p1, q=p2))
         data_dict[self.n_patches_write_key] = tuple(patches.shape[1:3])
-        data_dict[self.write_key] = patches.flatten(1, 2) if self.flatten_patches else patches
+        data_dict[self.write_key] = rearrange(patches, "b h w d -> b (h w) d") if self.flatten_patches else patches
         return data_dict

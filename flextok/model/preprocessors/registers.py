@@ -1,12 +1,12 @@
 """Register tokens that the encoder fills with what it sees."""
 
 import re
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
+from einops import repeat
 
-from ...utils.batching import dense_batches
 from ...utils.random import BatchRandom
 
 
@@ -31,11 +31,11 @@ class Registers1D(nn.Module):
         dim: int,
         n_min: int = 1,
         n_max: int = 256,
-        n_eval: Optional[int] = None,
+        n_eval: int | None = None,
         size_sampling_mode: str = "uniform",
         ordering_mode: str = "nested",
-        extra_registers_write_key: Optional[str] = None,
-        extra_registers_dim: Optional[int] = None,
+        extra_registers_write_key: str | None = None,
+        extra_registers_dim: int | None = None,
     ):
         super().__init__()
         if ordering_mode != "nested":
@@ -46,9 +46,11 @@ class Registers1D(nn.Module):
             raise ValueError(
                 f"Registers1D: n_min {n_min}, n_eval {n_eval} and n_max {n_max} need 1 <= n_min, n_eval <= n_max"
             )
-        self.read_key, self.write_key = input_tensor_list_read_key, registers_write_key
+        self.read_key = input_tensor_list_read_key
+        self.write_key = registers_write_key
         self.register_sizes_read_write_key = register_sizes_read_write_key
-        self.n_max, self.n_eval = n_max, n_max if n_eval is None else n_eval
+        self.n_max = n_max
+        self.n_eval = n_max if n_eval is None else n_eval
         self.sizes = self._sizes(size_sampling_mode, n_min, n_max)
         self.registers = nn.Parameter(torch.empty(n_max, dim))
         nn.init.trunc_normal_(self.registers, std=0.02)
@@ -67,7 +69,6 @@ class Registers1D(nn.Module):
             raise ValueError(f"size_sampling_mode {mode!r} leaves no register count between {n_min} and {n_max}")
         return sizes
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         like = data_dict[self.read_key]
         n = self.n_eval
@@ -76,5 +77,5 @@ class Registers1D(nn.Module):
             if len(self.sizes) > 1:
                 n = self.sizes[BatchRandom.of(data_dict, like).batch_integer("registers", 0, len(self.sizes) - 1)]
         data_dict[self.register_sizes_read_write_key] = (n,)
-        data_dict[self.write_key] = self.registers[None, :n].expand(like.shape[0], -1, -1)
+        data_dict[self.write_key] = repeat(self.registers[:n], "n d -> b n d", b=len(like))
         return data_dict

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn as nn
 
-from ...utils.batching import as_batch_tensor, dense_batches
+from ...utils.batching import as_batch_tensor
 from ..utils.init import init_linear
 
 
@@ -25,8 +25,10 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         if temb_as_tokens:
             raise NotImplementedError("TimestepEmbedder: temb_as_tokens is not supported")
-        self.timesteps_read_key, self.time_embedding_write_key = timesteps_read_key, time_embedding_write_key
-        self.frequency_embedding_size, self.max_timestep = frequency_embedding_size, max_timestep
+        self.timesteps_read_key = timesteps_read_key
+        self.time_embedding_write_key = time_embedding_write_key
+        self.frequency_embedding_size = frequency_embedding_size
+        self.max_timestep = max_timestep
         self.mlp = nn.Sequential(
             init_linear(nn.Linear(frequency_embedding_size, dim), weight_init_style),
             nn.SiLU(),
@@ -41,7 +43,6 @@ class TimestepEmbedder(nn.Module):
         angles = t.float()[:, None] * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         weight = self.mlp[0].weight
         t = as_batch_tensor(data_dict, self.timesteps_read_key, weight, same_batch=False)

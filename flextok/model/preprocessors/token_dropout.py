@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from ...utils.batching import as_batch_tensor, dense_batches
+from ...utils.batching import as_batch_tensor
 from ...utils.random import BatchRandom
 
 SIZE_SAMPLING_MODES = ("uniform", "pow2", "uniform_pow2")
@@ -34,7 +34,8 @@ class MaskedNestedDropout(nn.Module):
                 f"size_sampling_mode is {size_sampling_mode!r}, expected one of {', '.join(SIZE_SAMPLING_MODES)}"
             )
         self.read_write_key = read_write_key
-        self.eval_keep_k_read_key, self.train_keep_k_write_key = eval_keep_k_read_key, train_keep_k_write_key
+        self.eval_keep_k_read_key = eval_keep_k_read_key
+        self.train_keep_k_write_key = train_keep_k_write_key
         self.size_sampling_mode = size_sampling_mode
         self.dropout_mask_token = nn.Parameter(torch.empty(dim))
         nn.init.trunc_normal_(self.dropout_mask_token, std=0.02)
@@ -49,7 +50,6 @@ class MaskedNestedDropout(nn.Module):
             k = powers[torch.searchsorted(powers, k)].clamp(max=n)
         return k
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.read_write_key]
         if self.training:

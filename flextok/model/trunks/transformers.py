@@ -1,13 +1,12 @@
 """The transformer of encoder and decoder."""
 
 import functools
-from typing import Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from ...utils.batching import dense_batches
 from ...utils.random import BatchRandom
 from ..layers.adaln import adaln_modulation, gate, per_subsequence, scale_and_shift
 from ..layers.attention import Attention, BlockCausalMask
@@ -47,7 +46,10 @@ class TransformerBlock(nn.Module):
         name: str,
     ):
         super().__init__()
-        self.drop, self.drop_path, self.adaLN_expansion, self.name = drop, drop_path, adaLN_expansion, name
+        self.drop = drop
+        self.drop_path = drop_path
+        self.adaLN_expansion = adaLN_expansion
+        self.name = name
         self.norm1 = norm_layer(dim)
         self.attn = Attention(
             dim, head_dim, qkv_bias, proj_bias, qk_norm, norm_layer, weight_init_style, zero_init_query_proj
@@ -57,7 +59,7 @@ class TransformerBlock(nn.Module):
         if adaLN_expansion:
             self.adaLN_modulation = adaln_modulation(dim, adaLN_expansion * N_MODULATIONS * dim)
 
-    def _dropped(self, x: torch.Tensor, random: Optional[BatchRandom], branch: str) -> torch.Tensor:
+    def _dropped(self, x: torch.Tensor, random: BatchRandom | None, branch: str) -> torch.Tensor:
         if random is None:
             return x
         if self.drop > 0:
@@ -71,10 +73,10 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        mask: Optional[BlockCausalMask] = None,
-        embedding: Optional[torch.Tensor] = None,
+        mask: BlockCausalMask | None = None,
+        embedding: torch.Tensor | None = None,
         lengths: Sequence[int] = (),
-        random: Optional[BatchRandom] = None,
+        random: BatchRandom | None = None,
     ) -> torch.Tensor:
         """x [B, N, D], embedding [B, D], `lengths` of the sub-sequences -> [B, N, D]."""
         if not self.adaLN_expansion:
@@ -123,55 +125,71 @@ class FlexTransformer(nn.Module):
         use_act_checkpoint: bool = False,
         weight_init_style: str = "xavier",
         zero_init_query_proj: bool = False,
-        block_mask_read_key: Optional[str] = None,
-        score_mod_read_key: Optional[str] = None,
-        adaLN_emb_read_key: Optional[str] = None,
-        adaLN_packing_fn_read_key: Optional[str] = None,
+        block_mask_read_key: str | None = None,
+        score_mod_read_key: str | None = None,
+        adaLN_emb_read_key: str | None = None,
+        adaLN_packing_fn_read_key: str | None = None,
         adaLN_expansion: int = 1,
-        rope_forward_read_key: Optional[str] = None,
-        intermediate_layer_write_key: Optional[str] = None,
-        intermediate_layers: Optional[Sequence[int]] = None,
+        rope_forward_read_key: str | None = None,
+        intermediate_layer_write_key: str | None = None,
+        intermediate_layers: Sequence[int] | None = None,
     ):
         super().__init__()
         if score_mod_read_key is not None or rope_forward_read_key is not None:
             raise NotImplementedError("FlexTransformer: score_mod_read_key and rope_forward_read_key are not supported")
-        self.input_seq_read_key, self.output_seq_write_key = input_seq_read_key, output_seq_write_key
+        self.input_seq_read_key = input_seq_read_key
+        self.output_seq_write_key = output_seq_write_key
         self.block_mask_read_key = block_mask_read_key
-        self.adaLN_emb_read_key, self.adaLN_packing_fn_read_key = adaLN_emb_read_key, adaLN_packing_fn_read_key
+        self.adaLN_emb_read_key = adaLN_emb_read_key
+        self.adaLN_packing_fn_read_key = adaLN_packing_fn_read_key
         self.adaLN_expansion = adaLN_expansion
         self.intermediate_layer_write_key = intermediate_layer_write_key
         self.intermediate_layers = list(intermediate_layers or [])
         for layer in self.intermediate_layers:
             if not 0 <= layer < depth:
                 raise ValueError(f"intermediate_layers names layer {layer}, but the layers are 0 to {depth - 1}")
-        self.dim, self.depth, self.use_act_checkpoint = dim, depth, use_act_checkpoint
+        self.dim = dim
+        self.depth = depth
+        self.use_act_checkpoint = use_act_checkpoint
         self.drops = drop > 0 or drop_path_rate > 0
         make_block = functools.partial(
-            TransformerBlock, dim=dim, head_dim=head_dim, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, proj_bias=proj_bias,
-            mlp_bias=mlp_bias, drop=drop, act_layer=act_layer, norm_layer=norm_layer, gated_mlp=gated_mlp,
-            qk_norm=qk_norm, weight_init_style=weight_init_style, zero_init_query_proj=zero_init_query_proj,
+            TransformerBlock,
+            dim=dim,
+            head_dim=head_dim,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            mlp_bias=mlp_bias,
+            drop=drop,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            gated_mlp=gated_mlp,
+            qk_norm=qk_norm,
+            weight_init_style=weight_init_style,
+            zero_init_query_proj=zero_init_query_proj,
             adaLN_expansion=adaLN_expansion if adaLN_emb_read_key is not None else 0,
-        )  # fmt: skip
+        )
         self.blocks = nn.ModuleList(
             make_block(drop_path=drop_path_rate * i / max(depth - 1, 1), name=f"{output_seq_write_key}/{i}")
             for i in range(depth)
         )
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.input_seq_read_key]
         mask = data_dict[self.block_mask_read_key] if self.block_mask_read_key is not None else None
-        embedding, lengths = None, ()
+        embedding = None
+        lengths = ()
         if self.adaLN_emb_read_key is not None:
-            embedding, lengths = data_dict[self.adaLN_emb_read_key], (x.shape[1],)
+            embedding = data_dict[self.adaLN_emb_read_key]
+            lengths = (x.shape[1],)
             if self.adaLN_packing_fn_read_key is not None and self.adaLN_expansion > 1:
                 lengths = data_dict[self.adaLN_packing_fn_read_key]
             if len(lengths) != self.adaLN_expansion:
                 raise ValueError(
                     f"adaLN_expansion is {self.adaLN_expansion}, but the sequence has {len(lengths)} sub-sequences"
                 )
-        if embedding is not None and len(embedding) != len(x):
-            raise ValueError(f"the time embedding is for {len(embedding)} images, but the sequences are of {len(x)}")
+            if len(embedding) != len(x):
+                raise ValueError(f"the time embedding is for {len(embedding)} images, but the sequences are {len(x)}")
         random = BatchRandom.of(data_dict, x) if self.training and self.drops else None
         intermediates = {}
         for i, block in enumerate(self.blocks):

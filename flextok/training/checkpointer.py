@@ -1,0 +1,257 @@
+"""What a checkpoint holds, and how a run continues from it, with any number of processes.
+
+The format is that of one process. Sharded tensors are gathered for writing; for reading, process 0 alone reads the file
+and the others get each tensor from it.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ..utils.checkpoint import CheckpointError, check_weights, load_weights
+from ..utils.errors import UserError
+from ..utils.processes import from_first, rank
+from .checkpoints import (
+    BEST,
+    EPOCH,
+    LATEST,
+    REQUIRED,
+    link_checkpoint,
+    prune_checkpoints,
+    readable_checkpoint,
+    save_checkpoint,
+)
+from .distributed import from_rank_0, full_state, without_values
+
+log = logging.getLogger("flextok")
+
+# What a model's config says of it that the shapes of its weights may not show.
+STRUCTURE = (
+    "levels", "patch_sizes", "factor", "coefficients", "whitening", "head_dim", "max_sizes", "posemb_type", "mask_mode",
+    "scaling_factor",
+)  # fmt: skip
+
+
+class Checkpointer:
+    """The checkpoints of a run: `latest.pt`, `previous.pt`, `best.pt` and those of epochs that are kept."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.saved_step: int | None = None
+
+    def save(self, state: dict) -> Path:
+        """Write latest.pt atomically; every process has to call this."""
+        state = full_state(state)
+        from_first(lambda: save_checkpoint(state, self.folder / LATEST))
+        self.saved_step = state["global_step"]
+        return self.folder / LATEST
+
+    def keep_best(self) -> None:
+        """Make the latest checkpoint the best."""
+        if rank() == 0:
+            link_checkpoint(self.folder / LATEST, self.folder / BEST)
+
+    def keep_epoch(self, epoch: int, keep_last: int | None) -> None:
+        """Keep the latest checkpoint as that of an epoch, one of the last `keep_last` (None: all)."""
+        if rank() == 0:
+            link_checkpoint(self.folder / LATEST, self.folder / EPOCH.format(f"{epoch:04d}"))
+            prune_checkpoints(self.folder, keep_last)
+
+
+def trainer_state(trainer: Any) -> dict:
+    """What a checkpoint of a FlexTokTrainer holds: plain values and tensors, of which FSDP's are sharded."""
+    epoch, step_in_epoch = divmod(trainer.global_step, trainer.steps_per_epoch)
+    with_repa = trainer.repa_module is not None
+    return {
+        "epoch": epoch,
+        "step_in_epoch": step_in_epoch,
+        "global_step": trainer.global_step,
+        "global_batch_size": trainer.global_batch_size,
+        "model_state_dict": trainer.model.state_dict(),
+        "model_config": getattr(trainer.model, "config", None),
+        "optimizer_state_dict": trainer.optimizer.state_dict(),
+        "scheduler_state_dict": trainer.scheduler.state_dict(),
+        "scaler_state_dict": trainer.scaler.state_dict(),
+        "ema_model_state_dict": trainer.ema.state_dict() if trainer.ema is not None else None,
+        "repa_module_state_dict": trainer.repa_module.state_dict() if with_repa else None,
+        "repa_layers": trainer.repa_layers if with_repa else None,
+        "readout_state_dict": trainer.readout.state_dict() if trainer.readout is not None else None,
+        "start_tokens": trainer.start_tokens,
+        "best_val_loss": trainer.best_val_loss,
+        "constant_losses": trainer.constant_losses,
+        "nonfinite_steps": trainer.guard.skipped,
+        "config": trainer.config.to_dict(),
+        "data": trainer.data_identity,
+        "wandb_id": trainer.wandb_id,
+    }
+
+
+def restore_trainer(trainer: Any, path: Path) -> str:
+    """Bring a FlexTokTrainer to where a checkpoint was written; process 0 alone reads it. Returns the file read.
+
+    If the file is a latest.pt that is damaged, the newest beside it that is not is taken.
+
+    Raises:
+        FileNotFoundError, CheckpointError: Not there, unreadable, or of another run; in all processes.
+    """
+    checkpoint: dict = {}
+
+    def read() -> tuple[dict, str]:
+        nonlocal checkpoint
+        found, checkpoint = readable_checkpoint(path)
+        lacking = [key for key in REQUIRED if key not in checkpoint]
+        if lacking:
+            raise CheckpointError(f"{found} lacks {', '.join(lacking)}, so it cannot be continued")
+        with _errors_of(str(found)):
+            check_resumable(trainer, checkpoint, str(found))
+        return without_values(checkpoint), str(found)
+
+    outline, source = from_first(read)
+    with _errors_of(source):
+        _restore(trainer, checkpoint if rank() == 0 else outline, source)
+    return source
+
+
+@contextlib.contextmanager
+def _errors_of(source: str) -> Iterator[None]:
+    """Let what a checkpoint of other content makes fail be a CheckpointError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{source} cannot be continued: {type(error).__name__}: {error}") from error
+
+
+def check_resumable(trainer: Any, checkpoint: dict, source: str) -> None:
+    """Raise CheckpointError unless a trainer can continue from a checkpoint; log the settings that differ."""
+    config, then, step = trainer.config, checkpoint["config"], checkpoint["global_step"]
+    if not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"{source}: global_step is {step!r}, expected a number of steps")
+    images = checkpoint.get("global_batch_size") or then["batch_size"] * then["gradient_accumulation_steps"]
+    was, now = structure(checkpoint.get("model_config")), structure(getattr(trainer.model, "config", None))
+    both = was.keys() & now.keys()  # an older version may say less
+    with_repa = checkpoint["repa_module_state_dict"] is not None
+    has_readout = checkpoint.get("readout_state_dict") is not None, trainer.readout is not None
+    weights = (0, 0) if has_readout[0] == has_readout[1] else (then.get("readout_weight", 0.0), config.readout_weight)
+    new = "or start a new run with model_name set to the run's export"
+    facts = [  # what, what it was, what it is, what to do
+        ("images per optimizer step", images, trainer.global_batch_size, f"set global_batch_size: {images}"),
+        ("seed", then.get("seed"), config.seed, "set it back to continue"),
+        ("optimizer", then.get("optimizer"), config.optimizer, f"set it back, {new}"),
+        ("the model's structure", {k: was[k] for k in both}, {k: now[k] for k in both}, f"set `model` back, {new}"),
+        ("data", checkpoint["data"], trainer.data_identity, f"restore the data and its settings, {new}"),
+        ("use_repa", with_repa, config.use_repa, f"set it back, {new}"),
+        ("readout_weight", weights[0], weights[1], "set it back, or null, to continue; readout_steps ends it"),
+    ]  # fmt: skip
+    if with_repa and config.use_repa:
+        ended, goes_on = step >= (then.get("repa_stop") or math.inf), step < (config.repa_stop or math.inf)
+        aligned = checkpoint.get("repa_layers") or trainer.repa_layers, then.get("repa_encoder_type")
+        if goes_on:
+            facts.append(("repa_layers and repa_encoder_type", aligned, (trainer.repa_layers, config.repa_encoder_type),
+                          f"set them back, {new}"))  # fmt: skip
+        if ended and goes_on:
+            raise CheckpointError(
+                f"{source} is from after the end of REPA (repa_stop {then.get('repa_stop')}), which is for good, but "
+                f"repa_stop is now {config.repa_stop}: set it back to continue"
+            )
+    for what, before, after, advice in facts:
+        if before != after:
+            raise CheckpointError(f"{source} was trained with {what} {before}, now it is {after}: {advice}")
+    for key, value in config.to_dict().items():
+        if value != then.get(key):
+            log.info("resume: %s was %s and is now %s", key, then.get(key), value)
+
+
+def _restore(trainer: Any, checkpoint: dict, source: str) -> None:
+    restore_weights(trainer.model, checkpoint["model_state_dict"], source)
+    if trainer.repa_module is not None:
+        advice = "set repa_projector, repa_projector_hidden, repa_layers and the encoder back to continue"
+        restore_weights(
+            trainer.repa_module,
+            checkpoint["repa_module_state_dict"],
+            f"{source} holds another REPA projector: {advice}",
+        )
+    if trainer.readout is not None:
+        restore_weights(trainer.readout, checkpoint["readout_state_dict"], f"{source} (readout)")
+    trainer.global_step = checkpoint["global_step"]
+    restore_optimizer(trainer.optimizer, checkpoint["optimizer_state_dict"], source)
+    scheduler, base_lrs = trainer.scheduler, trainer.scheduler.base_lrs
+    lambdas = scheduler.lr_lambdas
+    state = {**checkpoint["scheduler_state_dict"], "base_lrs": base_lrs, "lr_lambdas": [None] * len(lambdas)}
+    scheduler.load_state_dict(state)
+    for group, base_lr, factor in zip(trainer.optimizer.param_groups, base_lrs, lambdas):
+        group["lr"] = base_lr * factor(scheduler.last_epoch)
+    if checkpoint["scaler_state_dict"] and trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+    if trainer.ema is not None:
+        averages = checkpoint["ema_model_state_dict"] or checkpoint["model_state_dict"]
+        trainer.ema.load_state_dict(check_weights(trainer.model, averages, f"{source} (averages)"))
+    if checkpoint["config"].get("best_metric", "val/flow_loss") == trainer.config.best_metric:
+        trainer.best_val_loss = checkpoint["best_val_loss"]
+    tokens = checkpoint.get("start_tokens")
+    trainer.start_tokens = None
+    if isinstance(tokens, torch.Tensor):  # broadcast where the others can get it, looked at on the CPU
+        trainer.start_tokens = from_rank_0(tokens, next(trainer.model.parameters())).cpu()
+    trainer.constant_losses = checkpoint.get("constant_losses")
+    trainer.latest.update(trainer.constant_losses or {})
+    trainer.guard.skipped = int(checkpoint.get("nonfinite_steps", 0))
+    trainer.wandb_id = checkpoint.get("wandb_id")
+
+
+def structure(model_config: dict | None) -> dict[str, Any]:
+    """What a model's config says of its structure, by path."""
+
+    def leaves(tree: dict, path: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{path}{key}.")
+            elif key in STRUCTURE:
+                yield path + key, list(value) if isinstance(value, tuple) else value
+
+    return dict(leaves(model_config or {}))
+
+
+def restore_weights(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load a module's weights, as `load_weights` does, from a checkpoint of `load_checkpoint`."""
+    state, own = check_weights(module, state, source), module.state_dict()
+    load_weights(module, {key: from_rank_0(value, own[key]) for key, value in state.items()}, source)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
+    """Load an optimizer's moments by the names of its groups; its settings stay as they are now.
+
+    A group that the checkpoint does not have starts from nothing.
+
+    Raises:
+        CheckpointError: The groups have other parameters.
+    """
+    saved = {group["name"]: group["params"] for group in state["param_groups"]}
+    own = {group["name"]: group["params"] for group in optimizer.param_groups}
+    if not saved.keys() <= own.keys() or any(len(saved[name]) != len(own[name]) for name in saved):
+        count = lambda groups: ", ".join(f"{name} {len(params)}" for name, params in groups.items())  # noqa: E731
+        raise CheckpointError(
+            f"{source} was trained with other parameters ({count(saved)}; now {count(own)}): set train_encoder, "
+            "train_decoder and train_vae back, or start a new run from its export"
+        )
+    indices, restored = iter(range(sum(map(len, own.values())))), {}
+    for name, parameters in own.items():
+        for i, parameter in enumerate(parameters):
+            index, values = next(indices), {}
+            if name in saved:
+                values = state["state"].get(saved[name][i], {})
+            for key, value in values.items():
+                given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+                if given not in (list(parameter.shape), []):
+                    raise CheckpointError(
+                        f"{source}: the optimizer's {key} is {given}, its parameter {list(parameter.shape)}"
+                    )
+            if values:
+                restored[index] = {key: from_rank_0(value, parameter) for key, value in values.items()}
+    optimizer.load_state_dict({"state": restored, "param_groups": optimizer.state_dict()["param_groups"]})
