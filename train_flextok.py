@@ -539,7 +539,7 @@ class FlexTokTrainer:
             val = self.val_loader.dataset if self.val_loader is not None else None
             self.constant_losses = constant_losses(
                 self.repa_module, self.train_loader.dataset, val, config.repa_constant_images, self.n_val_images,
-                config.batch_size, self.device,
+                config.batch_size, config.num_workers, self.device,
             )  # fmt: skip
         if self.constant_losses is not None:  # once in a file, also where a run is continued in another folder
             self.latest.update(self.constant_losses)

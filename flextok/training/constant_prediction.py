@@ -14,7 +14,7 @@ from ..utils.processes import rank, summed, world_size
 @torch.no_grad()
 def constant_losses(
     repa_module: nn.Module, train: Dataset, val: Dataset | None, n_train: int, n_val: int, batch_size: int,
-    device: torch.device,
+    num_workers: int, device: torch.device,
 ) -> dict[str, float]:  # fmt: skip
     """`train/repa_loss_constant` and `val/repa_loss_constant`; each process computes a part of the images.
 
@@ -32,7 +32,7 @@ def constant_losses(
             for start in range(0, len(indices), batch_size):
                 yield repa_module.targets(dataset.cached_features(indices[start : start + batch_size]).to(device))
         else:
-            for images in plain_images(dataset, indices, batch_size):
+            for images in plain_images(dataset, indices, batch_size, num_workers):
                 yield repa_module.target_features(images.to(device))
 
     total = torch.zeros(repa_module.encoder_dim, dtype=torch.float64, device=device)
