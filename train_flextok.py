@@ -27,65 +27,59 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # before the heavy imports: --help and typing errors answer at once
 
-import contextlib
 import functools
 import itertools
 import logging
 import math
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from flextok.data.batch import Batch, plain_images, spread
-from flextok.data.loader import BrokenFiles, GlobalBatchSampler, TooManyBrokenFiles, build_datasets, build_loaders
+from flextok.data.batch import Batch
+from flextok.data.loader import BatchLoader, BrokenFiles, TooManyBrokenFiles, build_loaders
+from flextok.data.sampler import GlobalBatchSampler
+from flextok.data.sources import build_datasets
 from flextok.flextok_wrapper import FlexTokFromHub
 from flextok.training.checkpointer import Checkpointer, restore_trainer, trainer_state
-from flextok.training.checkpoints import check_writable, find_checkpoint, stored_config
-from flextok.training.config import TrainConfig, load_config, new_run_dir, write_config
-from flextok.training.distributed import (
-    check_parallel,
-    data_parallel,
-    full,
-    full_state,
-    shard,
-    sync_gradients,
-)
+from flextok.training.checkpoints import check_writable
+from flextok.training.config import TrainConfig, load_config
+from flextok.training.distributed import check_parallel, data_parallel, full, full_state, shard, sync_gradients
 from flextok.training.ema import EMA
+from flextok.training.evaluator import Evaluator
 from flextok.training.guard import AskedToStop, NotFinite, StepGuard, Stopped, StopRequest
 from flextok.training.models import (
     build_readout,
     build_repa_module,
-    check_image_size,
     check_repa_model,
     check_repa_settings,
     compile_blocks,
-    known_model_config,
     load_model,
+    model_without_weights,
     select_trained_parameters,
     set_vae_dtype,
     settled,
 )
 from flextok.training.monitor import Monitor
-from flextok.training.pictures import flexible_length, save_curves, save_grid
+from flextok.training.optimizer import build_optimizer, build_schedule, optimizer_class
+from flextok.training.pictures import save_curves, save_grid
+from flextok.training.runs import find_run, new_run_dir, stored_config, write_config
 from flextok.training.summary import summary, what_was_learned
-from flextok.training.token_use import check_best_metric, mean_image, measure_tokens, psnr, tokens_warning
+from flextok.training.token_use import check_best_metric, tokens_warning
 from flextok.utils.config import ConfigError
 from flextok.utils.devices import chosen_device, return_freed_memory
 from flextok.utils.dtypes import autocast_dtype, precision
 from flextok.utils.errors import UserError
-from flextok.utils.modules import evaluating
 from flextok.utils.output import steadfast_output
 from flextok.utils.processes import from_first, gathered, joined, load_one_process_first, rank, summed, world_size
-from flextok.utils.random import RANDOM_KEY, VALIDATION_STEP, BatchRandom
+from flextok.utils.random import RANDOM_KEY, BatchRandom
 
 log = logging.getLogger("flextok")
 
-VALIDATION_SEED = 0  # validation draws the same numbers in every run, so that curves compare across runs
 FEATURES, LAYER_LOSSES = "repa_cached_features", "repa_layer_losses"  # in the data_dict
 
 
@@ -137,55 +131,54 @@ class FlexTokTrainer:
             if load_encoder and not self.has_cached_features:
                 self.repa_module.load_encoder()
         self.readout = build_readout(config, self.model)
-        self.parts = {"encoder": self.model.encoder, "decoder": self.model.decoder}
+        self.parts = {"encoder": model.encoder, "decoder": model.decoder, "vae": model.vae}  # as in learning_rates()
         if self.use_repa:
             self.parts["repa_projector"] = self.repa_module.projector
         if self.readout is not None:
             self.parts["readout"] = self.readout.to(self.device)
-        self.modules = [model.encoder, model.decoder]  # whose gradients several processes share
-        self.modules += [
-            *(self.repa_module.projectors if self.use_repa else []),
-            *([self.readout] if self.readout else []),
-        ]
 
         # Compiled, then divided among the processes, then optimized
         if config.compile:
             compile_blocks(self.model)
         if config.parallel == "fsdp" and world_size() > 1:
-            shard(self.modules, self.device)
-        self.losses = self.parallel_losses()
-        self.optimizer = self.build_optimizer()
+            shard(self.parts, self.device)
+        self.losses = self.build_losses()
+        self.optimizer = build_optimizer(config, self.parts, self.device)
         if world_size() > 1 and not isinstance(train_loader.batch_sampler, GlobalBatchSampler):
             raise ConfigError("with several processes the loaders are those of flextok.data.loader.build_loaders")
         self.accumulation = config.accumulation(world_size())
         self.global_batch_size = config.batch_size * self.accumulation * world_size()
         self.steps_per_epoch = math.ceil(len(train_loader) / self.accumulation)
-        self.total_steps = config.num_epochs * self.steps_per_epoch
-        self.scheduler = self.build_scheduler()
+        self.total_steps = config.total_steps(self.steps_per_epoch)
+        self.scheduler = build_schedule(config, self.optimizer, self.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
         self.ema = EMA(self.model, config.ema_decay) if config.use_ema else None
 
-        # Where the run stands
-        self.global_step = 0  # optimizer steps done
-        self.best_val_loss = math.inf  # of best_metric; its negative where more is better
-        self.constant_losses: dict[str, float] | None = None
-        self.start_tokens: torch.Tensor | None = None  # of the model that a fine-tuning started from
-        self.latest: dict[str, float] = {}  # the last value of each metric
-        self.token_warnings = {"codes": "", "psnr": ""}  # what is wrong with the tokens, if anything, by what shows it
-        self.wandb_id: str | None = None
-        self.repa_ended = self.resumed = False
-        self.validated_step: int | None = None
-        self.pictured_step: int | None = None
-        self.images_in_step = 0  # of all processes, in the last step
-        self.mean_image: torch.Tensor | None = None
-        self.monitor: Monitor | None = None  # while training
+        # What looks on: signals and steps that are not finite, validations and pictures, broken images
         self.stop_request = StopRequest()
         scale = lambda: self.scaler.get_scale() if self.scaler.is_enabled() else 1.0  # noqa: E731
         self.guard = StepGuard(self.device, self.stop_request, config.max_nonfinite_steps, scale)
+        self.evaluator = Evaluator(
+            config, model, self.ema, train_loader, val_loader, self.stop_request, self.device, self.autocast_dtype
+        )
+        check_best_metric(config, model.n_registers, self.evaluator.counts)
         self.broken_files = BrokenFiles(len(train_loader.dataset))
         self.broken_val_files = BrokenFiles(len(val_loader.dataset) if val_loader is not None else 1)
-        self.new_broken: list[str] = []
-        check_best_metric(config, self.model.n_registers, self.vis_token_counts, self.fine_tunes)
+        self.monitor: Monitor | None = None  # while training
+
+        # Where the run stands; a checkpoint holds the first five
+        self.global_step = 0  # optimizer steps done
+        self.best_val_loss = math.inf  # of best_metric; its negative where more is better
+        self.constant_losses: dict[str, float] | None = None  # REPA's losses if every position predicts one vector
+        self.start_tokens: torch.Tensor | None = None  # of the model that a fine-tuning started from
+        self.wandb_id: str | None = None
+        self.resumed = self.repa_ended = False
+        self.latest: dict[str, float] = {}  # the last value of each metric
+        self.token_warnings = {"codes": "", "psnr": ""}  # what is wrong with the tokens, if anything, by what shows it
+        self.validated_step: int | None = None
+        self.pictured_step: int | None = None
+        self.images_in_step = 0  # of all processes, in the last step
+        self.learning_rates: dict[str, float] = {}  # by optimizer group, in the last step
 
     # ------------------------------------------------------------------------------------------------------- set-up
 
@@ -199,49 +192,14 @@ class FlexTokTrainer:
     def checkpointer(self) -> Checkpointer:
         return Checkpointer(self.run_dir / "checkpoints")
 
-    def parallel_losses(self) -> torch.nn.Module:
-        """`compute_loss` as a module whose backward pass reduces gradients over the processes."""
-        modules = [] if self.config.parallel == "fsdp" else [*self.modules, self.model.vae]
+    def build_losses(self) -> torch.nn.Module:
+        """`compute_loss` as a module, which DDP wraps: its backward pass reduces gradients over the processes."""
         compute = lambda *arguments: self.compute_loss(*arguments)  # noqa: E731 (also where a user replaced it)
-        return data_parallel(modules, compute)
-
-    def build_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW or Adam, with a named group and rate for each trained part."""
-        parts, config = {**self.parts, "vae": self.model.vae}, self.config
-        groups = [
-            {"name": name, "params": [p for p in parts[name].parameters() if p.requires_grad], "lr": lr}
-            for name, lr in config.learning_rates().items()
-        ]
-        optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
-        settings = dict(betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
-        return optimizer(groups, fused=self.device.type in ("cuda", "cpu"), **settings)
+        return data_parallel(compute, {} if self.config.parallel == "fsdp" else self.parts)
 
     @property
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def build_scheduler(self) -> torch.optim.lr_scheduler.LRScheduler:
-        """Linear warm-up to each group's rate, then its schedule down to min_lr, reached at the last step."""
-        config, last, warmup = self.config, self.total_steps - 1, self.config.warmup_steps
-        groups = self.optimizer.param_groups
-        flat = [group["name"] for group in groups if config.scheduler != "none" and group["lr"] <= config.min_lr]
-        if flat:
-            log.warning("min_lr is %g, no less than the learning rate of %s: it does not fall after the warm-up",
-                        config.min_lr, ", ".join(flat))  # fmt: skip
-        if warmup > last:
-            log.warning("warmup_steps is %d, but the run has %d steps: the learning rate never leaves its warm-up",
-                        warmup, self.total_steps)  # fmt: skip
-
-        def factor(step: int, base_lr: float) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            progress = min(1.0, (step - warmup) / max(1, last - warmup))
-            cosine, linear = 0.5 * (1 + math.cos(math.pi * progress)), 1 - progress
-            remaining = {"cosine": cosine, "linear": linear, "none": 1.0}[config.scheduler]
-            return remaining + (1 - remaining) * config.min_lr / base_lr
-
-        factors = [lambda step, lr=group["lr"]: factor(step, lr) for group in groups]
-        return torch.optim.lr_scheduler.LambdaLR(self.optimizer, factors)
 
     # ------------------------------------------------------------------------------------------------------- losses
 
@@ -269,7 +227,7 @@ class FlexTokTrainer:
         if batch.features is not None:
             data_dict[FEATURES] = batch.features
         if not model.training:
-            data_dict.update(self.validation_token_counts(random))
+            data_dict.update(model.drawn_token_counts(random))
         losses = {}
         with self.autocast():
             if self.config.train_vae:
@@ -355,18 +313,10 @@ class FlexTokTrainer:
         positions = positions.to(self.device, non_blocking=True)
         return BatchRandom(self.config.seed, self.global_step, positions, global_batch_size)
 
-    def validation_token_counts(self, random: BatchRandom) -> dict:
-        """Kept tokens per image in validation: drawn as in training, by address."""
-        return {
-            module.eval_keep_k_read_key: module.sample_keep_k(random, self.model.n_registers)
-            for module in self.model.decoder.modules()
-            if hasattr(module, "sample_keep_k")
-        }
-
     # --------------------------------------------------------------------------------------------------------- loop
 
     def train(self, max_steps: int | None = None) -> None:
-        """Train to the last epoch, or to optimizer step `max_steps`; then validate, draw pictures and export.
+        """Train to the last step of the schedule, or stop at `max_steps`; then validate, draw pictures and export.
 
         Raises:
             Stopped: A signal asked for it; the checkpoint of the last step is written.
@@ -379,7 +329,7 @@ class FlexTokTrainer:
             with self.stop_request.listening():
                 try:
                     if self.resumed:
-                        self.evaluate()  # what followed the checkpoint, which is written first, may have been cut short
+                        self.validate_and_draw()  # a checkpoint is written before the validation of its step
                     while self.global_step < last_step:
                         for micro_batches in self.rest_of_epoch():
                             losses = self.train_step(micro_batches)
@@ -387,8 +337,13 @@ class FlexTokTrainer:
                             if self.global_step >= last_step:
                                 break
                     self.finish()
+                    self.close_loaders()
                 except AskedToStop:
                     self.stop()
+                except TooManyBrokenFiles:
+                    if self.checkpointer.saved_step != self.global_step:
+                        self.save_checkpoint()
+                    raise
         except NotFinite as error:
             raise UserError(f"{error}. {error.advice(self.checkpointer.saved_step)}") from error
         finally:
@@ -402,23 +357,13 @@ class FlexTokTrainer:
         if isinstance(loader.batch_sampler, GlobalBatchSampler):
             loader.batch_sampler.set_state(epoch, first_step)
             skip = 0
-        batches = map(Batch.of, itertools.islice(self.interruptible(loader), skip, None))
+        batches = map(Batch.of, itertools.islice(self.stop_request.interruptible(loader), skip, None))
         batches = iter(self.monitor.waiting_for(batches))
         while micro_batches := list(itertools.islice(batches, self.accumulation)):
             yield micro_batches
 
-    def interruptible(self, batches: Iterable) -> Iterator:
-        """The batches of a loader; a signal ends the wait for one that does not come."""
-        batches = iter(batches)
-        while True:
-            with self.stop_request.waiting():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-
     def train_step(self, micro_batches: list[Batch]) -> dict[str, torch.Tensor]:
-        """One optimizer step on this process's micro-batches of a global batch; nothing here synchronizes.
+        """One optimizer step on this process's micro-batches of a global batch; nothing here waits for the device.
 
         Returns:
             This process's part in the mean losses of the global batch, and `grad_norm`, the norm of its gradients. A
@@ -437,7 +382,7 @@ class FlexTokTrainer:
             random = self.random_draws(batch, done, total)
             share = batch.size / total  # every image of the step weighs the same, also in a last, smaller batch
             last, keep = i == len(micro_batches) - 1, self.config.fsdp_accumulation == "keep"
-            with sync_gradients(self.losses, self.modules, last, keep):
+            with sync_gradients(self.losses, self.parts, last, keep):
                 batch_losses = self.losses(batch, random)
                 # The gradient is a sum over images / total; reducing takes a mean over processes: hence their number.
                 self.scaler.scale(batch_losses["loss"] * (share * world_size())).backward()
@@ -450,9 +395,10 @@ class FlexTokTrainer:
         grad_norm = full(torch.nn.utils.get_total_norm(gradients))
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.trained_parameters, self.config.max_grad_norm, grad_norm)
-        skip = self.guard.check(losses["loss"], grad_norm)  # fused optimizers look at it on the device
+        skip = self.guard.check(losses["loss"], grad_norm)  # the optimizer's step leaves all as it is where this is 1
         with self.guard.skipping(self.optimizer, skip):
             self.optimizer.step()
+        self.learning_rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -469,36 +415,34 @@ class FlexTokTrainer:
         """
         config, step = self.config, self.global_step
         self.monitor.step(self.images_in_step)
-        stop = self.guard.after_step(step, lambda: self.image_names(micro_batches))
-        self.new_broken += [path for batch in micro_batches for path in batch.broken]
+        indices = [i for batch in micro_batches if batch.size and batch.index is not None for i in batch.index.tolist()]
+        stop = self.guard.after_step(step, lambda: self.image_names(indices))  # asked for if the step was skipped
+        self.broken_files.note(file for batch in micro_batches for file in batch.broken)
         if step % config.log_every == 0:
             self.log_step(losses)
         if self.repa_active and step >= (config.repa_stop or math.inf):
             self.end_repa()
         end_of_epoch, epoch = step % self.steps_per_epoch == 0, step // self.steps_per_epoch
         with self.monitor.paused():
-            if self.validates or (config.save_every_steps and step % config.save_every_steps == 0):
+            if self.validation_due or (config.save_every_steps and step % config.save_every_steps == 0):
                 stop = self.guard.read() or stop
                 self.save_checkpoint()
                 if end_of_epoch and config.save_every and epoch % config.save_every == 0:
                     self.checkpointer.keep_epoch(epoch, config.keep_last)
             if stop:
                 raise AskedToStop
-            self.evaluate()
-            if world_size() == 1 or self.validates or step % config.log_every == 0:  # the others have to be asked
-                broken, self.new_broken = self.new_broken, []
-                self.note_broken(broken, self.broken_files)
+            self.validate_and_draw()
+            if world_size() == 1 or self.validation_due or step % config.log_every == 0:  # the others have to be asked
+                self.broken_files.report()
 
     def log_step(self, losses: dict[str, torch.Tensor]) -> None:
-        """Log the step that was just done: the one place of a step that synchronizes."""
+        """Log the step that was just done, for which this waits."""
         grad_norm = float(losses.pop("grad_norm"))
         if not self.repa_active:
             losses.pop("repa_loss")
-        step, lr = self.global_step - 1, self.scheduler.lr_lambdas
-        groups = {g["name"]: base * f(step) for g, base, f in
-                  zip(self.optimizer.param_groups, self.scheduler.base_lrs, lr)}  # fmt: skip
+        step = self.global_step - 1
         metrics = {f"train/{name}": float(summed(value)) for name, value in losses.items()}
-        metrics["train/lr"] = groups.get("decoder", next(iter(groups.values())))
+        metrics["train/lr"] = self.learning_rates.get("decoder", next(iter(self.learning_rates.values())))
         metrics["train/grad_norm"] = grad_norm
         metrics.update(self.monitor.rates())
         metrics["train/epoch"] = step // self.steps_per_epoch
@@ -518,7 +462,8 @@ class FlexTokTrainer:
         for parameter in self.repa_module.parameters():
             self.optimizer.state.pop(parameter, None)
         self.repa_module.free_encoder()
-        self.losses = self.parallel_losses()
+        self.losses = None  # the gradient buckets of one DDP at a time
+        self.losses = self.build_losses()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # once in a run: what the encoder took goes back to the device
         log.info("step %d: REPA ends (repa_stop), its encoder is freed", self.global_step)
@@ -530,15 +475,15 @@ class FlexTokTrainer:
             self.end_repa()
         if self.repa_active and not self.has_cached_features:
             self.repa_module.load_encoder()
-        if self.global_step == 0 and self.fine_tunes:
-            self.start_tokens = self.token_metrics()[1]
+        if self.global_step == 0 and config.fine_tunes:
+            self.start_tokens = self.evaluator.tokens()[1]
         if self.repa_active and self.constant_losses is None and config.repa_constant_images:
             from flextok.training.constant_prediction import constant_losses
 
             log.info("measuring what a constant prediction scores (%d images)", config.repa_constant_images)
             val = self.val_loader.dataset if self.val_loader is not None else None
             self.constant_losses = constant_losses(
-                self.repa_module, self.train_loader.dataset, val, config.repa_constant_images, self.n_val_images,
+                self.repa_module, self.train_loader.dataset, val, config.repa_constant_images, self.evaluator.n_images,
                 config.batch_size, config.num_workers, self.device,
             )  # fmt: skip
         if self.constant_losses is not None:  # once in a file, also where a run is continued in another folder
@@ -551,7 +496,7 @@ class FlexTokTrainer:
         self.guard.read()
         if self.checkpointer.saved_step != self.global_step:
             self.save_checkpoint()
-        if self.validated_step != self.global_step:  # stopped in mid-epoch; `best` is left to the ends of epochs
+        if self.validated_step != self.global_step:  # stopped between validations, which choose `best`
             self.validate()
         if self.pictured_step != self.global_step:
             self.visualize()
@@ -561,10 +506,20 @@ class FlexTokTrainer:
             log.warning("no export: the model was not built from a config by FlexTokFromHub")
         if rank() == 0:
             self.monitor.sync()
-            save_curves(self.run_dir / "metrics.jsonl", self.run_dir / "curves.png")
+            try:
+                save_curves(self.run_dir / "metrics.jsonl", self.run_dir / "curves.png")
+            except OSError as error:
+                log.warning("the curves cannot be written: %s", error)
+
+    def close_loaders(self) -> None:
+        """End the processes that load images; what iterates again starts others."""
+        for loader in (self.train_loader, self.val_loader):
+            if isinstance(loader, BatchLoader):
+                loader.close()
 
     def stop(self) -> None:
         """Write a checkpoint, unless this step has one, and leave."""
+        self.guard.read()  # of the last step
         signum = next(signum for signum in gathered(self.stop_request.signum) if signum is not None)
         self.optimizer.zero_grad(set_to_none=True)  # of a step that was left half-way
         if self.checkpointer.saved_step != self.global_step:
@@ -572,33 +527,25 @@ class FlexTokTrainer:
         raise Stopped(signum, f"stopped by {signal.Signals(signum).name} after step {self.global_step}: the checkpoint "
                       f"is written, --resume latest goes on from it")  # fmt: skip
 
-    def image_names(self, micro_batches: list[Batch]) -> list[str]:
-        """File names (or numbers, for images that are no files) of a step's images in this process."""
+    def image_names(self, indices: list[int]) -> list[str]:
+        """What a person finds training images by: names, or numbers if the dataset has no names."""
         dataset = self.train_loader.dataset
-        paths = getattr(getattr(dataset, "dataset", dataset), "paths", None)
-        indices = [i for batch in micro_batches if batch.size and batch.index is not None for i in batch.index.tolist()]
-        return [str(paths[i]) if paths is not None else f"number {i}" for i in indices]
-
-    def note_broken(self, paths: list[str], broken_files: BrokenFiles) -> None:
-        """Name files that could not be read, of all processes; too many end the run, with a checkpoint."""
-        try:
-            broken_files.add(itertools.chain(*gathered(paths)))
-        except TooManyBrokenFiles:
-            self.save_checkpoint()
-            raise
+        name = getattr(getattr(dataset, "dataset", dataset), "name", "number {}".format)
+        return [name(i) for i in indices]
 
     # --------------------------------------------------------------------------------------------------- validation
 
     @property
-    def validates(self) -> bool:
+    def validation_due(self) -> bool:
         """Whether a checkpoint and a validation follow the current step."""
         step, every = self.global_step, self.config.val_every_steps
-        return step > 0 and (step % self.steps_per_epoch == 0 or bool(every and step % every == 0))
+        last = step == self.total_steps or step % self.steps_per_epoch == 0  # of the run or of an epoch
+        return step > 0 and (last or bool(every and step % every == 0))
 
-    def evaluate(self) -> None:
+    def validate_and_draw(self) -> None:
         """Validate and draw where the current step is one to do so after; the best checkpoint links to the latest."""
         config = self.config
-        if self.validates and self.val_loader is not None:
+        if self.validation_due and self.val_loader is not None:
             self.validate()
             if config.best_metric.startswith("val/psnr"):
                 self.visualize()
@@ -613,41 +560,20 @@ class FlexTokTrainer:
         if due and self.pictured_step != self.global_step:
             self.visualize()
 
-    @contextlib.contextmanager
-    def evaluation(self):
-        """Evaluation mode with the averaged weights, in the training's precision, not compiled."""
-        averaged = self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext()
-        # Validation and pictures come in shapes and modes of their own, each of which would be compiled again.
-        eager = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
-        with torch.no_grad(), averaged, evaluating(self.model), eager, self.autocast():
-            yield
-
-    def stoppable(self, batches: Iterable) -> Iterator:
-        """Batches of a validation, between which and for which a signal is heard."""
-        for batch in self.interruptible(batches):
-            self.stop_request.raise_if_set(self.device)
-            yield batch
-
     def validate(self) -> dict[str, float]:
-        """Mean losses over the validation images, with the same noise, timesteps and token counts each time."""
+        """Measure and log the losses of the validation images, and how `val_token_images` of them use their tokens.
+
+        Returns:
+            What was logged, by W&B key; the same noise, timesteps and token counts are drawn each time.
+        """
         if self.val_loader is None:
             return {}
-        sums: dict[str, torch.Tensor] = {}
-        done, broken, total = 0, [], self.n_val_images
-        with self.evaluation():
-            for batch in self.stoppable(itertools.islice(self.val_loader, self.config.max_val_batches)):
-                batch = Batch.of(batch)
-                positions = torch.arange(len(batch)) if batch.position is None else batch.position
-                random = BatchRandom(VALIDATION_SEED, VALIDATION_STEP, (positions + done).to(self.device), total)
-                for name, value in self.compute_loss(batch, random).items():
-                    sums[name] = sums.get(name, 0.0) + value * batch.size
-                done += batch.size if world_size() == 1 else self.val_loader.batch_sampler.global_batch_size
-                broken += batch.broken
-        self.note_broken(broken, self.broken_val_files)
-        metrics = {f"val/{name}": float(summed(value)) / total for name, value in sums.items()}
+        metrics, broken = self.evaluator.losses(self.compute_loss)
+        self.broken_val_files.note(broken)
+        self.broken_val_files.report()
         if not self.repa_active:
             metrics.pop("val/repa_loss", None)
-        token_metrics, tokens = self.token_metrics()
+        token_metrics, tokens = self.evaluator.tokens()
         metrics.update(token_metrics)
         if self.start_tokens is not None and tokens is not None and tokens.shape == self.start_tokens.shape:
             metrics["val/codes_kept"] = float((tokens == self.start_tokens).float().mean())
@@ -656,42 +582,17 @@ class FlexTokTrainer:
         self.warn_of_tokens("codes", tokens_warning(tokens))
         return metrics
 
-    def token_metrics(self) -> tuple[dict[str, float], torch.Tensor | None]:
-        """How `val_token_images` validation images use their tokens, and those tokens [N, L]; in each process."""
-        n = 0 if self.val_loader is None else min(self.config.val_token_images, len(self.val_loader.dataset))
-        if n == 0:
-            return {}, None
-        dataset, batch_size = self.val_loader.dataset, self.config.val_batch_size or self.config.batch_size
-        with self.evaluation():
-            images = self.stoppable(plain_images(dataset, spread(n, len(dataset)), batch_size))
-            metrics, tokens = measure_tokens(self.model, images, n, VALIDATION_SEED, self.device)
-        return {f"val/{name}": value for name, value in metrics.items()}, tokens
-
     def visualize(self) -> Path | None:
         """Write the flexible-length grid: VAE reconstruction | k tokens ... | original; log PSNR by token count."""
-        config, counts = self.config, self.vis_token_counts
-        dataset = (self.val_loader or self.train_loader).dataset
-        n_pictured = min(config.num_vis_images, len(dataset))
-        n = min(max(n_pictured, config.num_psnr_images or 0), len(dataset))
-        with self.evaluation():
-            batch_size = max(n_pictured, config.val_batch_size or config.batch_size)
-            columns = flexible_length(
-                self.model, plain_images(dataset, spread(n, len(dataset)), batch_size), counts, VALIDATION_SEED,
-                self.device, lambda: self.stop_request.raise_if_set(self.device), timesteps=config.inference_steps,
-                guidance_scale=config.guidance_scale, perform_norm_guidance=config.perform_norm_guidance,
-            )  # fmt: skip
-        if self.mean_image is None:
-            self.mean_image = mean_image(self.train_loader.dataset, config.batch_size).to(self.device)
-        psnrs = [float(psnr(column, columns["original"]).mean()) for column in list(columns.values())[1:-1]]
-        metrics = {f"val/psnr_k{k}": value for k, value in zip(counts, psnrs)}
-        metrics["val/psnr_mean_image"] = float(psnr(self.mean_image, columns["original"]).mean())
-        self.log(metrics)
-        self.warn_of_tokens("psnr", tokens_warning(psnr_by_count=dict(zip(counts, psnrs))))
+        columns, psnr, psnr_mean_image = self.evaluator.reconstructions()
+        metrics = {f"val/psnr_k{k}": value for k, value in psnr.items()}
+        self.log({**metrics, "val/psnr_mean_image": psnr_mean_image})
+        self.warn_of_tokens("psnr", tokens_warning(psnr_by_count=psnr))
         self.pictured_step = self.global_step
         path = self.run_dir / "pictures" / f"flexible_length_{self.global_step:07d}.png"
         if rank() == 0:
             try:
-                save_grid([column[spread(n_pictured, n)] for column in columns.values()], list(columns), path)
+                save_grid(list(columns.values()), list(columns), path)
             except OSError as error:
                 log.warning("the picture %s cannot be written: %s", path, error)
                 return None
@@ -705,25 +606,6 @@ class FlexTokTrainer:
             if warning and not self.token_warnings[shown_by]:
                 log.warning("step %d: %s", self.global_step, warning)
             self.token_warnings[shown_by] = warning
-
-    @property
-    def fine_tunes(self) -> bool:
-        """Whether the run starts from codes that someone may have built on."""
-        config = self.config
-        return config.model is None and not config.train_from_scratch and config.fsq_levels is None
-
-    @property
-    def vis_token_counts(self) -> list[int]:
-        """Token counts of pictures: those of the settings, up to what the model has."""
-        return sorted({min(k, self.model.n_registers) for k in self.config.vis_token_counts})
-
-    @property
-    def n_val_images(self) -> int:
-        """Images that all processes together validate on, each once."""
-        config, n = self.config, len(self.val_loader.dataset) if self.val_loader is not None else 0
-        if config.max_val_batches is None:
-            return n
-        return min(n, config.max_val_batches * (config.val_batch_size or config.batch_size) * world_size())
 
     # ------------------------------------------------------------------------------------------ checkpoints and logs
 
@@ -750,7 +632,7 @@ class FlexTokTrainer:
             FileNotFoundError, CheckpointError: Not there, unreadable, or of another model, optimizer, seed or dataset.
         """
         source = restore_trainer(self, Path(path))
-        if Path(source) == self.checkpointer.folder / "latest.pt":
+        if Path(source).resolve() == (self.checkpointer.folder / "latest.pt").resolve():
             self.checkpointer.saved_step = self.global_step
         self.resumed = True
 
@@ -800,20 +682,14 @@ def main(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device) -> None:
     if rank() > 0:
         log.setLevel(logging.ERROR)  # the first process speaks for all
-    run_dir, checkpoint = from_first(lambda: find_run(arguments, config))
+    run_dir, checkpoint = from_first(lambda: find_run(config, arguments.resume or config.resume, arguments.run_dir))
     if config.use_repa:
         check_repa_settings(config, device)
+    optimizer_class(config.optimizer, device)  # refuses one that is not there, before any work
     resumed = from_first(lambda: stored_config(checkpoint)) if checkpoint is not None else None
     train_dataset, val_dataset = build_datasets(config)
-    model_config, skeleton = known_model_config(config), None
-    if model_config is not None:
-        model_config["vae"].pop("hf_hub_path", None)
-        with torch.device("meta"):
-            skeleton = FlexTokFromHub(model_config)
-        check_image_size(skeleton, config.img_size)
-        if config.use_repa:
-            check_repa_model(skeleton, config.repa_layers)
-    config = settled(config, skeleton, device, resumed)
+    skeleton = model_without_weights(config)
+    config = settled(config, skeleton, device, resumed)  # before the summary; the trainer finds nothing left open
     if run_dir is None and not arguments.check:
         run_dir = from_first(lambda: new_run_dir(config))
     if rank() == 0:
@@ -841,35 +717,13 @@ Done: {trainer.global_step} steps.{what_was_learned(trainer.latest, trainer.toke
   model      {run_dir / "export"}   (FlexTokFromHub.from_pretrained loads it)""")
 
 
-def find_run(arguments: argparse.Namespace, config: TrainConfig) -> tuple[Path | None, Path | None]:
-    """The folder of this run, None for a new one by name and date; and the checkpoint to continue from, if any."""
-    run_dir = Path(arguments.run_dir) if arguments.run_dir is not None else None
-    resume = arguments.resume or config.resume
-    checkpoint = None
-    if resume is not None:
-        checkpoint = find_checkpoint(
-            resume, run_dir, Path(config.checkpoint_dir), config.wandb_run_name, config.use_repa
-        )
-        if checkpoint is None:
-            log.info("resume: %s finds no checkpoint, this is a new run", resume)
-        elif run_dir is None and checkpoint.parent.name == "checkpoints":
-            run_dir = checkpoint.parent.parent
-    if run_dir is None:
-        return None, checkpoint
-    begun = (run_dir / "metrics.jsonl").exists() and (resume is None or any((run_dir / "checkpoints").glob("*.pt")))
-    if begun and (checkpoint is None or checkpoint.resolve().parent.parent != run_dir.resolve()):
-        raise ConfigError(
-            f"--run-dir {run_dir} holds a run already: continue it with --resume latest, or name another folder"
-        )
-    return run_dir, checkpoint
-
-
-if __name__ == "__main__":
+def command_line(arguments: argparse.Namespace) -> None:
+    """`main`, with what ends it as an exit code and one line."""
     steadfast_output()
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
     try:
-        main(ARGUMENTS)
+        main(arguments)
     except (UserError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
@@ -878,3 +732,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: the checkpoints that are there stay as they are", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    command_line(ARGUMENTS)

@@ -26,6 +26,7 @@ from .utils.config import ConfigError, instantiate
 from .utils.files import write_atomically
 from .utils.modules import evaluating
 from .utils.plain import read_json_object
+from .utils.random import BatchRandom
 
 PARTS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
 WEIGHTS_NAME = "model.safetensors"
@@ -34,9 +35,9 @@ CONFIG_NAME = "config.json"
 
 def flat_config(config: dict) -> dict:
     """The parts of a FlexTok config, which may stand at its top or under the key `config`; raises ConfigError."""
-    if isinstance(config, dict) and isinstance(config.get("config"), dict):
-        config = config["config"]
-    missing = [part for part in PARTS if not isinstance(config, dict) or not isinstance(config.get(part), dict)]
+    config = config if isinstance(config, dict) else {}
+    config = config["config"] if isinstance(config.get("config"), dict) else config
+    missing = [part for part in PARTS if not isinstance(config.get(part), dict)]
     if missing:
         raise ConfigError(f"config: {', '.join(missing)} missing; a FlexTok config is a dict of {', '.join(PARTS)}")
     return {part: config[part] for part in PARTS}
@@ -78,14 +79,11 @@ class FlexTok(nn.Module):
         pipeline: Callable,
     ):
         super().__init__()
-        self.vae = vae
-        self.encoder = encoder
-        self.decoder = decoder
-        self.regularizer = regularizer
-        self.flow_matching_noise_module = flow_matching_noise_module
-        for part in PARTS[:-1]:
-            if not isinstance(getattr(self, part), nn.Module):
-                raise ConfigError(f"{part} is a {type(getattr(self, part)).__name__}, expected a module")
+        modules = (vae, encoder, decoder, regularizer, flow_matching_noise_module)
+        for part, module in zip(PARTS, modules):
+            if not isinstance(module, nn.Module):
+                raise ConfigError(f"{part} is a {type(module).__name__}, expected a module")
+            setattr(self, part, module)
         try:
             self.pipeline = pipeline(model=decoder)
         except (TypeError, ValueError) as error:
@@ -105,6 +103,11 @@ class FlexTok(nn.Module):
         """Entries of a data_dict that let the decoder see the first counts[i] tokens of image i, in evaluation mode."""
         keys = {m.eval_keep_k_read_key for m in self.decoder.modules() if hasattr(m, "eval_keep_k_read_key")}
         return {key: list(counts) for key in keys}
+
+    def drawn_token_counts(self, random: BatchRandom) -> dict:
+        """Entries of a data_dict that in evaluation mode let the decoder see as many tokens as training would draw."""
+        modules = [m for m in self.decoder.modules() if hasattr(m, "sample_keep_k")]
+        return {m.eval_keep_k_read_key: m.sample_keep_k(random, self.n_registers) for m in modules}
 
     @dense_batches
     def forward(self, data_dict: dict) -> dict:
@@ -202,36 +205,30 @@ class FlexTok(nn.Module):
 
     def _quants_from_tokens(self, data_dict: dict) -> None:
         """Write quantised registers [B, L, c] and keep_k for tokens of any length: padded with token 0, then masked."""
-        key = self.regularizer.tokens_write_key
+        key, n_codes = self.regularizer.tokens_write_key, self.regularizer.codebook_size
         if key not in data_dict:
             raise KeyError(f"decode needs {self.regularizer.quants_write_key!r} or {key!r} in the data_dict")
         tokens = data_dict[key]
-        if len(tokens) == 0:
+        rows = [row.detach().cpu() for row in (tokens if isinstance(tokens, list) else tokens.split(1))]
+        if not rows or len(rows[0]) == 0:
             raise ValueError("the list of tokens is empty")
-        rows = tokens if isinstance(tokens, list) else tokens.split(1)
-        rows = [self._checked_tokens(row, i) for i, row in enumerate(rows)]
+        for i, row in enumerate(rows):
+            integers = not row.is_floating_point() and row.dtype != torch.bool
+            if not integers or row.ndim != 2 or len(row) != 1 or not 1 <= row.shape[1] <= self.n_registers:
+                raise ValueError(
+                    f"tokens of image {i} are {row.dtype} {list(row.shape)}, expected integers [1, l] with l from 1 to "
+                    f"{self.n_registers}; or all images as one batch [B, l]"
+                )
+            if row.min() < 0 or row.max() >= n_codes:
+                raise ValueError(
+                    f"tokens of image {i} are {row.min()} to {row.max()}, but the codebook has 0 to {n_codes - 1}"
+                )
         lengths = [row.shape[1] for row in rows]
-        padded = torch.cat([F.pad(row, (0, self.n_registers - row.shape[1])) for row in rows])
+        padded = torch.cat([F.pad(row.long(), (0, self.n_registers - row.shape[1])) for row in rows])
         quants = self.regularizer.indices_to_embedding(padded.to(self.device))
         data_dict[self.regularizer.quants_write_key] = list(quants.split(1)) if isinstance(tokens, list) else quants
         for key, counts in self.kept_tokens(lengths).items():
             data_dict.setdefault(key, counts)
-
-    def _checked_tokens(self, row: torch.Tensor, i: int) -> torch.Tensor:
-        """The tokens of image i, long [1, l] on the CPU; raises ValueError if the quantiser has no such tokens."""
-        row = row.detach().cpu()
-        integers = not row.is_floating_point() and row.dtype != torch.bool
-        if not integers or row.ndim != 2 or len(row) != 1 or not 1 <= row.shape[1] <= self.n_registers:
-            raise ValueError(
-                f"tokens of image {i} are {row.dtype} {list(row.shape)}, expected integers [1, l] with l from 1 to "
-                f"{self.n_registers}; or all images as one batch [B, l]"
-            )
-        if row.min() < 0 or row.max() >= self.regularizer.codebook_size:
-            raise ValueError(
-                f"tokens of image {i} reach from {row.min()} to {row.max()}, but the codebook has 0 to "
-                f"{self.regularizer.codebook_size - 1}"
-            )
-        return row.long()
 
 
 class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
@@ -250,6 +247,7 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
         parts["pipeline"] = {**parts["pipeline"], "_partial_": True}
         super().__init__(**{part: instantiate(value, f"config.{part}") for part, value in parts.items()})
         self.config = copy.deepcopy(parts)
+        self._state_to_save: dict[str, torch.Tensor] | None = None  # by push_to_hub: this model's own
         if "scaling_factor" in self.config["vae"]:  # null there means the VAE's own: a saved model says which
             self.config["vae"]["scaling_factor"] = self.vae.scaling_factor
         if self.config["vae"].get("hf_hub_path") is not None:  # without a revision, of which others know nothing
@@ -285,35 +283,14 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        map_location: str = "cpu",
-        config: dict | None = None,
-        **_,
+        cls, *, model_id: str, map_location: str = "cpu", config: dict | None = None, **download
     ) -> "FlexTokFromHub":
-        if Path(model_id).is_dir():
-            path = weights_file(Path(model_id))
-        else:
-            path = hf_hub_download(
-                repo_id=model_id,
-                filename=WEIGHTS_NAME,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                token=token,
-                local_files_only=local_files_only,
-            )
+        folder = Path(model_id)
+        path = weights_file(folder) if folder.is_dir() else hf_hub_download(model_id, WEIGHTS_NAME, **download)
         tensors, header = load_safetensors(path)
-        config = config or header
-        if not config:
+        if not (config or header):
             raise ConfigError(f"{model_id} has neither a config.json nor a config in the header of {WEIGHTS_NAME}")
-        return build_model(config, tensors, str(model_id)).to(map_location)
+        return build_model(config or header, tensors, str(model_id)).to(map_location)
 
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None, **arguments
@@ -326,8 +303,7 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
             self._state_to_save = None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        state_dict = getattr(self, "_state_to_save", None)
-        state_dict = self.state_dict() if state_dict is None else state_dict
+        state_dict = self.state_dict() if self._state_to_save is None else self._state_to_save
         save_safetensors(state_dict, Path(save_directory) / WEIGHTS_NAME, self.config)
         text = json.dumps(self.config, indent=2)
         write_atomically(Path(save_directory) / CONFIG_NAME, lambda path: path.write_text(text))

@@ -68,15 +68,11 @@ class StableDiffusionVAE(nn.Module):
         self.images_reconst_write_key = images_reconst_write_key
         self.vae_kl_loss_write_key = vae_kl_loss_write_key
         self.latent_channels = latent_channels
-        revision = None
-        if hf_hub_path is not None and not Path(hf_hub_path).is_dir():
-            hf_hub_path, _, revision = hf_hub_path.partition("@")
         self.dtype_override = parse_dtype(dtype_override)
-        self.hf_hub_path = hf_hub_path
         self.sample_posterior = sample_posterior
         self.force_vae_encode = force_vae_encode
         self.frozen = frozen
-        self.vae = self._build(hf_hub_path, revision or None, latent_channels, load_weights)
+        self.hf_hub_path, self.vae = self._build(hf_hub_path, latent_channels, load_weights)
         self.scaling_factor = self.vae.config.scaling_factor if scaling_factor is None else scaling_factor
         if learnable_logvar:
             self.logvar = nn.Parameter(torch.tensor(float(logvar_init)))
@@ -85,30 +81,34 @@ class StableDiffusionVAE(nn.Module):
         self._encode = torch.compile(self.vae.encode) if compile_encode_fn else self.vae.encode
 
     @staticmethod
-    def _build(hf_hub_path: str | None, revision: str | None, latent_channels: int, load_weights: bool) -> nn.Module:
+    def _build(path: str | None, latent_channels: int, load_weights: bool) -> tuple[str | None, nn.Module]:
+        """Path of the VAE without a revision, and its model."""
         from diffusers import AutoencoderKL  # imported here: slow, and pixel models do not need it
 
-        if hf_hub_path is None:
-            return AutoencoderKL(**AUTOENCODER_KL, latent_channels=latent_channels)
+        if path is None:
+            return None, AutoencoderKL(**AUTOENCODER_KL, latent_channels=latent_channels)
+        is_local, revision = Path(path).is_dir(), None
+        if not is_local:
+            path, _, revision = path.partition("@")
+        at = {} if is_local else {"revision": revision or None}
         if not load_weights:  # they come from elsewhere: its architecture, where it can be had without waiting
-            local = {} if Path(hf_hub_path).is_dir() else {"local_files_only": True, "revision": revision}
             try:
-                return AutoencoderKL.from_config(AutoencoderKL.load_config(hf_hub_path, **local))
+                config = AutoencoderKL.load_config(path, **({**at, "local_files_only": True} if at else {}))
+                return path, AutoencoderKL.from_config(config)
             except (OSError, ValueError):
-                return AutoencoderKL(**AUTOENCODER_KL, latent_channels=latent_channels)
+                return path, AutoencoderKL(**AUTOENCODER_KL, latent_channels=latent_channels)
         try:
-            vae = AutoencoderKL.from_pretrained(hf_hub_path, revision=revision, low_cpu_mem_usage=False)
+            vae = AutoencoderKL.from_pretrained(path, low_cpu_mem_usage=False, **at)
         except (OSError, ValueError) as error:
             raise RuntimeError(
-                f"the VAE {hf_hub_path!r} is neither a folder, nor in the Hugging Face cache, nor can it be downloaded "
-                f"({error}): download it where there is a network (`hf download {hf_hub_path}`) and copy the folder, "
-                "or the cache, here"
+                f"the VAE {path!r} is neither a folder, nor in the Hugging Face cache, nor can it be downloaded "
+                f"({error}): download it elsewhere (`hf download {path}`) and copy the folder, or the cache, here"
             ) from error
         if vae.config.latent_channels != latent_channels:
             raise ValueError(
-                f"latent_channels is {latent_channels}, but the VAE {hf_hub_path!r} has {vae.config.latent_channels}"
+                f"latent_channels is {latent_channels}, but the VAE {path!r} has {vae.config.latent_channels}"
             )
-        return vae
+        return path, vae
 
     @property
     def downsample_factor(self) -> int:
@@ -184,9 +184,7 @@ class PixelUnshuffleVAE(nn.Module):
     ):
         super().__init__()
         if factor < 1 or scaling_factor <= 0:
-            raise ValueError(
-                f"factor is {factor} and scaling_factor {scaling_factor}, expected a positive integer and number"
-            )
+            raise ValueError(f"factor is {factor} and scaling_factor {scaling_factor}, expected positive numbers")
         self.images_read_key = images_read_key
         self.vae_latents_write_key = vae_latents_write_key
         self.vae_latents_read_key = vae_latents_read_key
@@ -272,8 +270,7 @@ class BlockDCTVAE(PixelUnshuffleVAE):
         dct[0] /= math.sqrt(2)
         frequencies = [(u, v) for u in range(factor) for v in range(factor)]
         frequencies.sort(key=lambda uv: (math.hypot(*uv), uv))
-        rows = []
-        stds = []
+        rows, stds = [], []
         counts = (coefficients[0], coefficients[1], coefficients[1])
         for colour, std, count in zip(OPPONENT_COLOURS, DCT_STD, counts, strict=True):
             colour = torch.tensor(colour, dtype=torch.float64)
@@ -300,23 +297,19 @@ def check_coefficients(coefficients: Sequence[int], factor: int, name: str = "co
     valid = isinstance(coefficients, (list, tuple)) and [type(n) for n in coefficients] == [int, int]
     if not valid or not 1 <= coefficients[0] <= factor**2 or not 0 <= coefficients[1] <= factor**2:
         raise ConfigError(
-            f"{name} is {coefficients}, expected two whole numbers: coefficients of brightness, 1 to {factor**2} (a "
-            f"block has {factor}x{factor} pixels), and of each colour difference, 0 to {factor**2}"
+            f"{name} is {coefficients}, expected two whole numbers: coefficients of brightness, 1 to {factor**2}, and "
+            f"of each colour difference, 0 to {factor**2}"
         )
 
 
 def _check_images(images: torch.Tensor, factor: int) -> None:
     """Raise ValueError unless images are floats [B, 3, H, W] whose sides are multiples of `factor`."""
+    expected = f"expected floats [B, 3, H, W] in [-1, 1] with H and W multiples of {factor}"
     if not isinstance(images, torch.Tensor):
-        raise ValueError(
-            f"images are a {type(images).__name__}, expected a tensor [B, 3, H, W]; the methods of FlexTok also take "
-            "lists of [1, 3, H, W], but no empty ones"
-        )
+        raise ValueError(f"images are a {type(images).__name__}, {expected}")
     if not images.is_floating_point():
         raise ValueError(
             f"images are {images.dtype}, expected floats in [-1, 1]: convert pixels of 0 to 255 by images / 127.5 - 1"
         )
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
-        raise ValueError(
-            f"images are {list(images.shape)}, expected [B, 3, H, W] with H and W multiples of {factor}, in [-1, 1]"
-        )
+        raise ValueError(f"images are {list(images.shape)}, {expected}")

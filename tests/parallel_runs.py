@@ -9,14 +9,15 @@ import torch.nn as nn
 from tiny_runs import read_metrics, settings
 
 import train_flextok
-from flextok.data.loader import build_datasets, build_loaders
+from flextok.data.loader import build_loaders
+from flextok.data.sources import build_datasets
 from flextok.training import distributed as parallel
 from flextok.training import guard
 from flextok.training.config import TrainConfig
 from flextok.training.models import load_model
 from flextok.utils.processes import gathered, joined, rank, world_size
 
-STEPS = 10
+STEPS = 4
 GLOBAL_BATCH = 4
 CPU = torch.device("cpu")
 
@@ -44,7 +45,13 @@ def build(run_dir: Path, **changes) -> train_flextok.FlexTokTrainer:
     The last steps of an epoch and of a validation have one image, for one of the processes.
     """
     changes = dict(batch_size=GLOBAL_BATCH // world_size(), global_batch_size=GLOBAL_BATCH, num_epochs=4) | changes
-    changes |= dict(photos_train_crops=4 * GLOBAL_BATCH + 1, photos_val_crops=GLOBAL_BATCH + 1, val_token_images=0)
+    changes |= dict(
+        photos_train_crops=2 * GLOBAL_BATCH + 1,
+        photos_val_crops=GLOBAL_BATCH + 1,
+        val_token_images=0,
+        repa_constant_images=0,
+    )
+    changes |= dict(repa_image_size=32)  # the encoder is slow in fp64
     config = TrainConfig.from_dict(settings(**changes))
     train_loader, val_loader = build_loaders(config, *build_datasets(config), CPU)
     model = load_model(config).double()
@@ -104,7 +111,8 @@ def step_that_one_process_spoils(run_dir: Path, **changes) -> dict:
     def compute_loss(batch, random):
         losses = original(batch, random)
         if trainer.model.training and trainer.global_step == 1:
-            shown.extend(f"number {i}" for part in gathered(batch.index.tolist()) for i in part)
+            name = trainer.train_loader.dataset.name
+            shown.extend(name(i) for part in gathered(batch.index.tolist()) for i in part)
             if rank() == world_size() - 1:
                 losses["loss"] = losses["loss"] * float("nan")
         return losses
@@ -129,8 +137,8 @@ def step_that_one_process_spoils(run_dir: Path, **changes) -> dict:
     )  # fmt: skip
 
 
-def without_reduction(modules, compute):
-    return parallel.Losses(modules, compute)
+def without_reduction(compute, parts):
+    return parallel.Losses(parallel.called_modules(parts), compute)
 
 
 def first_gradients(run_dir: Path, **changes) -> dict:

@@ -14,7 +14,6 @@ from flextok.utils.config import ALLOWED_TARGETS, ConfigError, instantiate
 
 PERMUTE = "flextok.model.utils.dict_ops.PerSampleOp"
 LINEAR = "flextok.model.preprocessors.linear.LinearLayer"
-HEAD = "flextok.model.postprocessors.heads.LinearHead"
 FORBIDDEN = [
     "trap_module.spring",
     "os.system",
@@ -22,7 +21,11 @@ FORBIDDEN = [
     "torch.nn.Linear",
     "flextok.utils.config.importlib.import_module",
     "flextok.model.utils.wrappers.SequentialModuleDictWrapper.__init__",
+    "flextok.model.postprocessors.heads.MLPHead",
     "",
+    None,
+    3,
+    ["os.system"],
 ]
 
 
@@ -77,21 +80,7 @@ def test_other_targets_are_refused_in_a_whole_model(part):
         instantiate({"_target_": "flextok.flextok_wrapper.FlexTok", **config})
 
 
-@pytest.mark.parametrize("target", [None, 3, ["os.system"]])
-def test_targets_that_are_no_names_are_refused(target):
-    with pytest.raises(ConfigError, match="expected a dotted name"):
-        instantiate({"_target_": target})
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"path": "os.system"},
-        {"path": PERMUTE},
-        {},
-        {"path": "flextok.model.utils.dict_ops.channels_first_to_last", "x": 1},
-    ],
-)
+@pytest.mark.parametrize("arguments", [{"path": "os.system"}, {"path": PERMUTE}, {"path": ["os.system"]}, {}])
 def test_get_method_of_anything_else_is_refused(arguments):
     with pytest.raises(ConfigError, match="hydra.utils.get_method"):
         instantiate({"_target_": "hydra.utils.get_method", **arguments})
@@ -116,29 +105,24 @@ def test_a_partial_class_is_a_factory_with_its_arguments():
     assert factory(dim=5).proj.weight.shape == (5, 2)
 
 
-def test_partial_must_be_true_or_false():
-    with pytest.raises(ConfigError, match="_partial_ is 'yes'"):
-        instantiate(linear(_partial_="yes"))
-
-
 def test_every_allowed_name_exists():
     for target in ALLOWED_TARGETS:
         assert instantiate({"_target_": target, "_partial_": True}).__name__ == target.rsplit(".", 1)[1]
 
 
-def test_unknown_arguments_are_refused_with_place_and_suggestion():
-    with pytest.raises(ConfigError, match=r"config\.layers\[1\].*LinearLayer.*'dim_inn'.*did you mean 'dim_in'"):
-        instantiate({"layers": [1, linear(dim_inn=2)]})
-
-
-def test_unknown_arguments_of_a_factory_are_refused_too():
-    with pytest.raises(ConfigError, match="'dims'.*did you mean 'dim"):
-        instantiate(linear(_partial_=True, dims=2))
-
-
-def test_a_misspelt_target_gets_a_suggestion():
-    with pytest.raises(ConfigError, match="LinearLayers.*did you mean .*LinearLayer'"):
-        instantiate(linear(_target_=LINEAR + "s"))
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"layers": [1, linear(dim_inn=2)]}, r"config\.layers\[1\].*LinearLayer.*'dim_inn'.*did you mean 'dim_in'"),
+        (linear(_partial_=True, dims=2), "'dims'.*did you mean 'dim"),
+        (linear(_target_=LINEAR + "s"), "LinearLayers.*did you mean .*LinearLayer'"),
+        ({"a": linear(weight_init_style="ones")}, r"config\.a.*weight_init_style is 'ones'"),
+        ({"a": linear(dim="three")}, r"config\.a"),
+    ],
+)
+def test_what_is_misspelt_or_refused_by_a_constructor_is_named_with_its_place(config, message):
+    with pytest.raises(ConfigError, match=message):
+        instantiate(config)
 
 
 def test_missing_arguments_are_named():
@@ -148,96 +132,44 @@ def test_missing_arguments_are_named():
         instantiate(config)
 
 
-def test_what_a_constructor_refuses_is_a_config_error_with_its_place():
-    with pytest.raises(ConfigError, match=r"config\.a.*weight_init_style is 'ones'"):
-        instantiate({"a": linear(weight_init_style="ones")})
-    with pytest.raises(ConfigError, match=r"config\.a"):
-        instantiate({"a": linear(dim="three")})
+TRANSFORMER = {
+    "_target_": "flextok.model.trunks.transformers.FlexTransformer", "input_seq_read_key": "x",
+    "output_seq_write_key": "x", "dim": 64, "depth": 1,
+}  # fmt: skip
+REGISTERS = {
+    "_target_": "flextok.model.preprocessors.registers.Registers1D", "input_tensor_list_read_key": "x",
+    "register_sizes_read_write_key": "s", "registers_write_key": "r", "dim": 8,
+}  # fmt: skip
+TIMESTEPS = {
+    "_target_": "flextok.model.preprocessors.time_embedding.TimestepEmbedder", "timesteps_read_key": "t",
+    "time_embedding_write_key": "e", "dim": 8,
+}  # fmt: skip
+NULLCOND = {"_target_": "flextok.model.preprocessors.nullcond.LearnedNullCond", "read_write_key": "x", "dim": 8}
+HEADS = "flextok.model.postprocessors.heads."
+LINEAR_HEAD = {"_target_": HEADS + "LinearHead", "read_key": "x", "write_key": "y", "dim": 4, "dim_out": 2}
+PATCHES_HEAD = {
+    "_target_": HEADS + "ToPatchesLinearHead", "read_key": "x", "write_key": "y", "dim": 4, "channels_out": 2,
+    "patch_sizes": [2, 2],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "config",
+    "config, option, value, message",
     [
-        {"_target_": HEAD, "read_key": "x", "write_key": "y", "dim": 4, "dim_out": 2},
-        {
-            "_target_": "flextok.model.postprocessors.heads.ToPatchesLinearHead", "read_key": "x", "write_key": "y",
-            "dim": 4, "channels_out": 2, "patch_sizes": [2, 2],
-        },
-    ],
-    ids=["LinearHead", "ToPatchesLinearHead"],
-)  # fmt: skip
-def test_mup_readout_is_refused_clearly(config):
-    instantiate({**config, "use_mup_readout": False})
-    with pytest.raises(ConfigError, match="use_mup_readout: true is not supported"):
-        instantiate({**config, "use_mup_readout": True})
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "flextok.model.utils.dict_ops.PerSampleReducer",
-        "flextok.model.preprocessors.mask_tokens.MaskTokenModule",
-        "flextok.model.postprocessors.heads.MLPHead",
-        "flextok.model.trunks.transformers.FlexTransformerDecoder",
+        (TRANSFORMER, "rope_forward_read_key", "rope", "rope_forward_read_key"),
+        (TRANSFORMER, "score_mod_read_key", "score", "score_mod_read_key"),
+        (TIMESTEPS, "temb_as_tokens", True, "temb_as_tokens"),
+        (NULLCOND, "replace_with_single_token", True, "replace_with_single_token"),
+        (REGISTERS, "ordering_mode", "avg_pool", "avg_pool"),
+        (REGISTERS, "extra_registers_write_key", "e", "extra_registers"),
+        (LINEAR_HEAD, "use_mup_readout", True, "use_mup_readout: true"),
+        (PATCHES_HEAD, "use_mup_readout", True, "use_mup_readout: true"),
     ],
 )
-def test_parts_of_the_published_package_that_are_left_out_are_refused_by_name(target):
-    with pytest.raises(ConfigError, match=rf"{target}'? is not supported"):
-        instantiate({"_target_": target})
-
-
-@pytest.mark.parametrize(
-    "config, option",
-    [
-        (
-            {
-                "_target_": "flextok.model.trunks.transformers.FlexTransformer", "input_seq_read_key": "x",
-                "output_seq_write_key": "x", "dim": 64, "depth": 1, "rope_forward_read_key": "rope",
-            },
-            "rope_forward_read_key",
-        ),
-        (
-            {
-                "_target_": "flextok.model.trunks.transformers.FlexTransformer", "input_seq_read_key": "x",
-                "output_seq_write_key": "x", "dim": 64, "depth": 1, "score_mod_read_key": "score",
-            },
-            "score_mod_read_key",
-        ),
-        (
-            {
-                "_target_": "flextok.model.preprocessors.time_embedding.TimestepEmbedder", "timesteps_read_key": "t",
-                "time_embedding_write_key": "e", "dim": 8, "temb_as_tokens": True,
-            },
-            "temb_as_tokens",
-        ),
-        (
-            {
-                "_target_": "flextok.model.preprocessors.nullcond.LearnedNullCond", "read_write_key": "x", "dim": 8,
-                "replace_with_single_token": True,
-            },
-            "replace_with_single_token",
-        ),
-        (
-            {
-                "_target_": "flextok.model.preprocessors.registers.Registers1D", "input_tensor_list_read_key": "x",
-                "register_sizes_read_write_key": "s", "registers_write_key": "r", "dim": 8, "ordering_mode": "avg_pool",
-            },
-            "avg_pool",
-        ),
-        (
-            {
-                "_target_": "flextok.model.preprocessors.registers.Registers1D", "input_tensor_list_read_key": "x",
-                "register_sizes_read_write_key": "s", "registers_write_key": "r", "dim": 8,
-                "extra_registers_write_key": "e",
-            },
-            "extra_registers",
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
-def test_options_that_are_left_out_are_refused_by_name(config, option):
-    with pytest.raises(ConfigError, match=f"{option}.*not supported"):
-        instantiate(config)
+def test_options_that_are_left_out_are_refused_by_name(config, option, value, message):
+    instantiate(config)
+    with pytest.raises(ConfigError, match=f"{message}.*not supported"):
+        instantiate({**config, option: value})
 
 
 @pytest.mark.parametrize("wrap_key", [None, "config"])

@@ -141,28 +141,12 @@ def test_modules_called_one_by_one_compute_what_the_model_computes(model, part):
     assert torch.equal(data_dict[written], getattr(model, part)(dict(inputs))[written])
 
 
-def test_a_data_dict_used_again_holds_what_the_second_call_wrote(model):
-    data_dict = model.encoder({"vae_latents": pack(make_noise(2, *LATENT_SHAPE), "list")})
-    smaller = pack(make_noise(2, 48, 4, 4), "list")
-    again, fresh = model.encoder({**data_dict, "vae_latents": smaller}), model.encoder({"vae_latents": smaller})
-    for key in ("enc_n_patches", "enc_ps_inner", "enc_ps_outer"):
-        assert again[key] == fresh[key], key
-
-
 def test_what_no_module_writes_comes_back_as_it_was(model):
     carried = {"eval_keep_k": [1, 2, 3], "names": ["a", "b", "c"], "note": "text", RANDOM_KEY: make_draws(3)}
     images = pack(make_images(3), "list")
     data_dict = model.encode({"rgb": images, **carried})
     assert all(data_dict[key] is value for key, value in carried.items())
     assert all(map(torch.equal, data_dict["rgb"], images))
-
-
-def test_one_value_for_a_group_comes_back_for_each_of_its_images(model, mixed_images, monkeypatch):
-    encode = model.vae.encode
-    monkeypatch.setattr(model.vae, "encode", lambda data: encode(data) | {"kl": data["rgb"].mean()})
-    kl = model.encode({"rgb": mixed_images})["kl"]
-    together = [torch.cat(mixed_images[0:3:2]).mean(), torch.cat(mixed_images[1:5:3]).mean(), mixed_images[3].mean()]
-    assert [together.index(value) for value in kl] == [0, 1, 0, 2, 1]
 
 
 # Mixed shapes
@@ -293,7 +277,7 @@ def test_control_values_for_another_number_of_images_are_refused(model, containe
 # Wrong inputs
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_images_that_are_not_floats_are_refused_with_how_to_convert_them(model, container, dtype):
     pixels = (make_images(2) * 127.5 + 127.5).to(dtype)
@@ -303,16 +287,10 @@ def test_images_that_are_not_floats_are_refused_with_how_to_convert_them(model, 
             method(pack(pixels, container))
 
 
-def test_converted_pixels_give_the_tokens_of_the_image(model):
-    pixels = ((make_images(2) + 1) * 127.5).round()
-    expected = model.tokenize(pixels.double().div(127.5).sub(1).float())
-    assert all(map(torch.equal, model.tokenize(pixels.to(torch.uint8) / 127.5 - 1), expected))
-
-
 def test_wrong_containers_are_refused_with_what_is_wrong(model):
     with pytest.raises(ValueError, match=r"'rgb' is a list.*\[3, 32, 32\]"):
         model.encode({"rgb": list(make_images(2))})
-    with pytest.raises(ValueError, match=r"\[3, 32, 32\].*expected \[B, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"\[3, 32, 32\].*expected floats \[B, 3, H, W\]"):
         model.encode({"rgb": make_images(1)[0]})
     with pytest.raises(ValueError, match="lists 3 images.*lists 2"):
         model.decoder(decoder_input("list", vae_latents_noised=pack(make_noise(2, *LATENT_SHAPE), "list")))

@@ -1,10 +1,14 @@
 """Behaviour of flextok.data: finding, splitting and reading images, photographs, samplers, loaders."""
 
+import gc
 import logging
+import multiprocessing
 import os
 import pickle
 import random
 import resource
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -13,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from flextok.data.batch import FILLER, collate
+from flextok.data.batch import FILLER
 from flextok.data.images import (
     BrokenFile,
     BrokenImage,
     ImageFolderDataset,
+    NoReadableImage,
     image_to_tensor,
     list_images,
     load_image,
@@ -28,10 +33,11 @@ from flextok.data.loader import (
     GlobalBatchSampler,
     LoaderError,
     TooManyBrokenFiles,
-    build_datasets,
     build_loader,
 )
 from flextok.data.photos import PHOTOS, PhotoCrops, photo_path
+from flextok.data.sources import build_datasets
+from flextok.training.config import TrainConfig
 from flextok.utils.random import uniform_number
 
 
@@ -96,38 +102,37 @@ def test_every_extension_in_any_case_is_found_and_hidden_files_are_not(tmp_path)
     assert listed(tmp_path) == names
 
 
-def test_images_sub_folder_is_taken_only_where_the_folder_has_no_images(tmp_path, caplog):
+@pytest.mark.parametrize(
+    "names, taken, message",
+    [
+        (["images/1.jpg", "masks/1.png"], ["images/1.jpg"], "only the 1 images of its folder images are taken"),
+        (
+            ["2.jpg", "images/1.jpg", "masks/1.png"], ["images/1.jpg", "masks/1.png", "2.jpg"],
+            "3 images of all its folders are taken: . (1), images (1), masks (1)",
+        ),
+        (
+            ["CelebA-HQ-img/0.jpg", "CelebA-HQ-img/10.jpg", "CelebAMask-HQ-mask-anno/0/00000_hair.png"],
+            ["CelebA-HQ-img/0.jpg", "CelebA-HQ-img/10.jpg"], "only the 2 images of its folder CelebA-HQ-img are taken",
+        ),
+        (
+            ["CelebAMask-HQ/CelebA-HQ-img/0.jpg", "CelebAMask-HQ/CelebAMask-HQ-mask-anno/0/0_hair.png", "_X/readme"],
+            ["CelebAMask-HQ/CelebA-HQ-img/0.jpg"],
+            "only the 1 images of its folder CelebAMask-HQ/CelebA-HQ-img are taken",
+        ),
+        (
+            [f"class{i}/{j}.jpg" for j in range(8) for i in range(j, 8)],
+            [f"class{i}/{j}.jpg" for j in range(8) for i in range(j, 8)],
+            "36 images of all its folders are taken: class7 (8), class6 (7), class5 (6), class4 (5), class3 (4) and "
+            "3 more",
+        ),
+    ],
+    ids=["images", "all folders", "CelebA-HQ", "CelebAMask-HQ", "classes"],
+)  # fmt: skip
+def test_the_log_says_from_which_folders_images_are_taken(tmp_path, caplog, names, taken, message):
     caplog.set_level(logging.INFO)
-    touch(tmp_path, "images/1.jpg", "masks/1.png")
-    assert listed(tmp_path) == ["images/1.jpg"]
-    assert caplog.messages == [f"data_path {tmp_path}: only the 1 images of its folder images are taken"]
-    touch(tmp_path, "2.jpg")
-    assert listed(tmp_path) == ["images/1.jpg", "masks/1.png", "2.jpg"]
-    assert caplog.messages[1:] == [
-        f"data_path {tmp_path}: 3 images of all its folders are taken: . (1), images (1), masks (1)"
-    ]
-
-
-@pytest.mark.parametrize("where", ["", "CelebAMask-HQ/"])
-def test_of_celebamask_hq_the_photographs_are_taken_and_not_the_masks(tmp_path, caplog, where):
-    caplog.set_level(logging.INFO)
-    photographs = [f"{where}CelebA-HQ-img/{i}.jpg" for i in (0, 2, 10)]
-    masks = [f"{where}CelebAMask-HQ-mask-anno/{i}/0000{i}_{part}.png" for i in range(3) for part in ("hair", "skin")]
-    touch(tmp_path, *photographs, *masks, f"{where}CelebA-HQ-to-CelebA-mapping.txt", "__MACOSX/readme")
-    assert listed(tmp_path) == photographs
-    assert caplog.messages == [f"data_path {tmp_path}: only the 3 images of its folder {where}CelebA-HQ-img are taken"]
-
-
-def test_images_of_many_folders_are_named_with_their_largest(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    touch(tmp_path, *(f"class{i}/{j}.jpg" for i in range(9) for j in range(i + 1)))
-    assert len(listed(tmp_path)) == 45
-    assert caplog.messages == [
-        f"data_path {tmp_path}: 45 images of all its folders are taken: "
-        "class8 (9), class7 (8), class6 (7), class5 (6), class4 (5) and 4 more"
-    ]
-    caplog.clear()
-    assert len(listed(tmp_path / "class8")) == 9 and not caplog.messages
+    touch(tmp_path, *names)
+    assert listed(tmp_path) == taken
+    assert caplog.messages == [f"data_path {tmp_path}: {message}"]
 
 
 def test_linked_folders_are_followed_once(tmp_path):
@@ -187,6 +192,7 @@ def over_white(rgb, alpha):
 def test_rgb_and_grey_are_read_exactly(tmp_path):
     pixels = noise(7, 5)
     assert (read(save(tmp_path / "a.png", pixels)) == pixels).all()
+    assert (read(save(tmp_path / "a.jpg", pixels, format="PNG")) == pixels).all()  # by content, not by name
     assert (read(save(tmp_path / "b.bmp", pixels)) == pixels).all()
     assert (read(save(tmp_path / "c.webp", pixels, lossless=True)) == pixels).all()
     assert (read(save(tmp_path / "d.png", pixels[..., 0])) == grey(pixels[..., 0])).all()
@@ -303,11 +309,6 @@ def test_first_frame_of_animations_is_read(tmp_path):
     assert (read(save(tmp_path / "a.webp", frames[0], lossless=True, **options)) == (255, 0, 0)).all()
 
 
-def test_format_is_recognised_by_content_not_by_name(tmp_path):
-    pixels = noise(4, 4)
-    assert (read(save(tmp_path / "a.jpg", pixels, format="PNG")) == pixels).all()
-
-
 @pytest.mark.parametrize(
     "min_size, shape", [(None, (800, 1200)), (201, (800, 1200)), (200, (400, 600)), (1, (100, 150))]
 )
@@ -358,7 +359,7 @@ def scaled_by_torch(pixels, height, width):
     return scaled[0].clamp(0, 255) / 127.5 - 1
 
 
-@pytest.mark.parametrize("size", [16, 48, 80])
+@pytest.mark.parametrize("size", [16, 80])
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
 @pytest.mark.parametrize("crop", [(0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (0.26, 0.26)])
 def test_image_to_tensor_is_a_scaling_followed_by_a_crop(size, shape, crop):
@@ -391,11 +392,11 @@ def test_any_shape_gives_a_full_square(shape):
 
 
 def test_dataset_serves_the_contract(folder):
-    dataset = ImageFolderDataset(list_images(folder), img_size=16, flip=True, random_crop=True)
-    assert len(dataset) == 12 and dataset.names[10] == "10.png" and dataset.paths[10] == folder / "10.png"
+    dataset = ImageFolderDataset(list_images(folder), img_size=16, flip=True, crop="random")
+    assert len(dataset) == 12 and dataset.names[10] == "10.png" and dataset.name(10) == str(folder / "10.png")
     item = dataset[10]
     assert torch.equal(item.pop("image"), image_to_tensor(Image.fromarray(noise(20, 30, seed=10)), 16))
-    assert item == {"index": 10, "position": 10, "flip": False, "broken": ()}
+    assert item == {"index": 10, "position": 10, "view": 0, "broken": ()}
     item = dataset[(3, 7, 5)]
     assert (item["index"], item["position"]) == (3, 5)
     assert [item["index"] for item in dataset] == list(range(12))
@@ -403,15 +404,8 @@ def test_dataset_serves_the_contract(folder):
         dataset[12]
 
 
-def test_dataset_names_are_relative_to_the_common_folder(tmp_path):
-    names = ["train/a/1.png", "train/b/1.png"]
-    touch(tmp_path, *names)
-    assert ImageFolderDataset([tmp_path / name for name in names], 8).names == ["a/1.png", "b/1.png"]
-    assert ImageFolderDataset([tmp_path / names[0]], 8).names == ["1.png"]
-
-
 def test_flips_and_crops_follow_the_address_alone(folder):
-    dataset = ImageFolderDataset(list_images(folder), img_size=20, flip=True, random_crop=True, seed=4)
+    dataset = ImageFolderDataset(list_images(folder), img_size=20, flip=True, crop="random", seed=4)
     pixels, flips, places = noise(20, 30, seed=2), [], set()
     for step, position in [(step, position) for step in range(4) for position in range(8)]:
         torch.manual_seed(step)
@@ -423,17 +417,10 @@ def test_flips_and_crops_follow_the_address_alone(folder):
         expected = pixels[:, x : x + 20]
         expected = expected[:, ::-1] if flip else expected
         assert torch.equal(item["image"], image_to_tensor(Image.fromarray(expected.copy()), 20))
-        assert item["flip"] is flip
+        assert item["view"] == flip
         flips.append(flip)
         places.add(x)
     assert 8 < sum(flips) < 24 and len(places) > 5
-
-
-def test_without_augmentation_addresses_change_nothing(folder):
-    dataset = ImageFolderDataset(list_images(folder), img_size=16)
-    for position in range(6):
-        item = dataset[(3, 1, position)]
-        assert torch.equal(item["image"], dataset[3]["image"]) and item["flip"] is False
 
 
 def test_broken_files_are_replaced_by_the_next_readable_one(folder):
@@ -445,20 +432,21 @@ def test_broken_files_are_replaced_by_the_next_readable_one(folder):
     assert (
         item["index"] == 6
         and item["position"] == 9
-        and [path for path, _ in item["broken"]] == list(map(str, paths[4:6]))
+        and [file.path for file in item["broken"]] == list(map(str, paths[4:6]))
     )
-    assert all("empty, damaged, or not a JPEG" in reason for _, reason in item["broken"])
+    assert all("empty, damaged, or not a JPEG" in file.reason for file in item["broken"])
     assert torch.equal(item["image"], dataset[6]["image"])
     assert dataset[11]["index"] == 0 and dataset[11]["broken"][0].path == str(paths[11])
 
 
-def test_dataset_without_a_readable_file_says_so(tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_dataset_without_a_readable_file_says_so(tmp_path, num_workers):
     touch(tmp_path, "1.jpg", "2.jpg")
-    dataset = ImageFolderDataset(list_images(tmp_path), img_size=16)
+    loader = build_loader(ImageFolderDataset(list_images(tmp_path), 16), GlobalBatchSampler(2, 1), num_workers, "cpu")
     with pytest.raises(
-        RuntimeError, match="none of the 2 images .* can be read .*2.jpg: empty, .*check that data_path"
+        NoReadableImage, match=r"^none of the 2 images .* can be read .*\.jpg: empty, .*check that data_path"
     ):
-        dataset[1]
+        next(iter(loader))
 
 
 def test_identity_changes_with_the_data(folder):
@@ -467,7 +455,7 @@ def test_identity_changes_with_the_data(folder):
 
     first = identity()
     assert first == identity(flip=True, seed=3) and 8 <= len(first) <= 32 and int(first, 16) >= 0
-    assert len({first, identity(img_size=32), identity(random_crop=True), identity(paths=list_images(folder)[1:])}) == 4
+    assert len({first, identity(img_size=32), identity(crop="random"), identity(paths=list_images(folder)[1:])}) == 4
     folder.rename(folder.with_name("moved"))
     folder = folder.with_name("moved")
     assert identity() == first
@@ -488,17 +476,15 @@ def windows(dataset):
         yield photo, *map(int, numbers.split(","))
 
 
-@pytest.mark.parametrize("img_size", [16, 100, 256])
-def test_training_and_validation_windows_share_no_pixel(img_size):
+def test_training_and_validation_windows_share_no_pixel():
     covered = {}
     shapes = {photo: load_image(photo_path(photo)).size[::-1] for photo in PHOTOS}
-    for split in ("train", "val"):
-        for seed in (0, 1):
-            for photo, x, y, side in windows(PhotoCrops(split, img_size, 100, seed=seed)):
-                height, width = shapes[photo]
-                assert 0 <= x and x + side <= width and 0 <= y and y + side <= height
-                mask = covered.setdefault((photo, split), np.zeros(shapes[photo], dtype=bool))
-                mask[y : y + side, x : x + side] = True
+    for split, img_size in [(split, img_size) for split in ("train", "val") for img_size in (16, 256)]:
+        for photo, x, y, side in windows(PhotoCrops(split, img_size, 100)):
+            height, width = shapes[photo]
+            assert 0 <= x and x + side <= width and 0 <= y and y + side <= height
+            mask = covered.setdefault((photo, split), np.zeros(shapes[photo], dtype=bool))
+            mask[y : y + side, x : x + side] = True
     for photo in PHOTOS:
         assert covered[photo, "train"].any() and covered[photo, "val"].any()
         assert not (covered[photo, "train"] & covered[photo, "val"]).any()
@@ -511,13 +497,12 @@ def test_crops_are_the_pixels_that_their_names_say():
         expected = scaled_by_torch(np.ascontiguousarray(pixels), 24, 24)
         item = dataset[i]
         assert (item["image"] - expected).abs().mean() < 0.6 / 127.5
-        assert (item["index"], item["position"], item["flip"], item["broken"]) == (i, i, False, ())
+        assert (item["index"], item["position"], item["view"], item["broken"]) == (i, i, 0, ())
     assert dataset.pixels.dtype == np.uint8 and dataset.pixels.shape == (30, 24, 24, 3)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_windows_vary_in_place_and_scale(split):
-    found = list(windows(PhotoCrops(split, 32, 200)))
+def test_windows_vary_in_place_and_scale():
+    found = list(windows(PhotoCrops("train", 32, 200)))
     sides = [side for *_, side in found]
     assert min(sides) < 45 and max(sides) > 115 and all(32 <= side <= 128 for side in sides)
     assert len(set(found)) == 200 and {photo for photo, *_ in found} == set(PHOTOS)
@@ -537,27 +522,11 @@ def test_photo_crops_are_fixed_by_their_seed():
     assert first.names[:3] == ["astronaut@273,376,25", "chelsea@18,12,27", "china@125,38,43"]
 
 
-def test_photo_crops_are_flipped_by_address():
-    dataset = PhotoCrops("train", 16, 5, flip=True, seed=9)
-    plain, flips = dataset[2]["image"], set()
-    for position in range(8):
-        item = dataset[(2, 3, position)]
-        flips.add(item["flip"])
-        assert item["flip"] is (uniform_number(9, "flip", 3, position) < 0.5) and item["position"] == position
-        assert torch.equal(item["image"], plain.flip(-1) if item["flip"] else plain)
-    assert flips == {True, False}
-
-
-def test_photo_errors_name_the_package_and_the_setting(monkeypatch):
-    with pytest.raises(ValueError, match="split is 'test': expected 'train' or 'val'"):
-        PhotoCrops("test", 16, 5)
-    with pytest.raises(ValueError, match="n_crops is 0"):
-        PhotoCrops("val", 16, 0)
-    for module, package in (("sklearn", "scikit-learn"), ("skimage", "scikit-image")):
-        monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ModuleNotFoundError, match=f"pip install {package}"):
-            PhotoCrops("train", 16, 20)
-        monkeypatch.undo()
+@pytest.mark.parametrize("module, package", [("sklearn", "scikit-learn"), ("skimage", "scikit-image")])
+def test_photographs_without_their_package_say_what_to_install(monkeypatch, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=f"dataset_name: photos .*pip install {package}"):
+        PhotoCrops("train", 16, 20)
 
 
 # Sampler
@@ -594,10 +563,8 @@ def test_without_shuffle_the_order_is_kept():
     assert addresses(n_images=7, batch_size=3, shuffle=False, epoch=2) == {i: (6 + i // 3, i % 3) for i in range(7)}
 
 
-@pytest.mark.parametrize(
-    "batch_size, accumulation, world_size", [(6, 2, 1), (3, 4, 1), (6, 1, 2), (3, 2, 2), (2, 2, 3)]
-)
-@pytest.mark.parametrize("n_images", [1, 48, 49, 53, 59])
+@pytest.mark.parametrize("batch_size, accumulation, world_size", [(3, 4, 1), (6, 1, 2), (2, 2, 3)])
+@pytest.mark.parametrize("n_images", [1, 48, 53])
 def test_addresses_do_not_depend_on_how_the_global_batch_is_factored(n_images, batch_size, accumulation, world_size):
     reference = addresses(n_images=n_images, batch_size=12, epoch=3)
     found = addresses(
@@ -606,8 +573,8 @@ def test_addresses_do_not_depend_on_how_the_global_batch_is_factored(n_images, b
     assert found == reference
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("batch_size, accumulation", [(1, 3), (2, 1), (5, 3)])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("batch_size, accumulation", [(1, 3), (5, 3)])
 def test_ranks_yield_equally_many_micro_batches_of_even_size(world_size, batch_size, accumulation):
     for n_images in range(1, 64):
         samplers = [
@@ -655,25 +622,13 @@ def test_set_state_resumes_with_exactly_the_rest_of_the_epoch(step_in_epoch):
     assert resumed.steps_per_epoch == 5 and len(resumed) == len(whole)
 
 
-def test_sampler_errors_give_the_numbers():
-    with pytest.raises(ValueError, match="batch_size 0"):
-        GlobalBatchSampler(10, 0)
-    with pytest.raises(ValueError, match="rank is 2: expected 0 to 1"):
-        GlobalBatchSampler(10, 2, rank=2, world_size=2)
-    sampler = GlobalBatchSampler(10, 2)
-    with pytest.raises(ValueError, match="step_in_epoch is 6.*0 to 5"):
-        sampler.set_state(0, 6)
-    with pytest.raises(IndexError, match="5 steps"):
-        sampler.micro_batches(5)
-
-
 # Loader
 
 
 def test_batches_do_not_depend_on_workers(folder):
     paths = list_images(folder)
     paths[7].write_bytes(b"")
-    dataset = ImageFolderDataset(paths, img_size=16, flip=True, random_crop=True, seed=3)
+    dataset = ImageFolderDataset(paths, img_size=16, flip=True, crop="random", seed=3)
     epochs = {}
     for num_workers in (0, 2):
         sampler = GlobalBatchSampler(len(dataset), 2, accumulation=2)
@@ -690,20 +645,9 @@ def test_batches_do_not_depend_on_workers(folder):
     assert not torch.equal(epochs[0, 0][0].index, epochs[0, 1][0].index)
 
 
-def test_collate_stacks_items(folder):
-    dataset = ImageFolderDataset(list_images(folder), img_size=16, flip=True)
-    items = [dataset[(index, 0, position)] for position, index in enumerate((5, 2, 8))]
-    items[1]["broken"], items[2]["broken"] = ("a", "b"), ("c",)
-    batch = collate(items)
-    assert batch.images.shape == (3, 3, 16, 16) and batch.images.dtype == torch.float32
-    assert batch.index.tolist() == [5, 2, 8] and batch.index.dtype == torch.long
-    assert batch.position.tolist() == [0, 1, 2] and batch.position.dtype == torch.long
-    assert batch.broken == ["a", "b", "c"]
-
-
 class ThreadCounts(torch.utils.data.Dataset):
     def __getitem__(self, item):
-        return {"image": torch.tensor(torch.get_num_threads()), "index": 0, "position": 0, "flip": False, "broken": ()}
+        return {"image": torch.tensor(torch.get_num_threads()), "index": 0, "position": 0, "view": 0, "broken": ()}
 
 
 def test_workers_use_one_thread_each_and_loading_leaves_the_random_state_alone():
@@ -718,34 +662,67 @@ def test_workers_use_one_thread_each_and_loading_leaves_the_random_state_alone()
         torch.set_num_threads(before)
 
 
-def test_memory_is_pinned_on_cuda_only(folder):
-    dataset, sampler = ImageFolderDataset(list_images(folder), 16), GlobalBatchSampler(12, 4)
-    assert build_loader(dataset, sampler, 0, torch.device("cuda")).pin_memory
-    assert not build_loader(dataset, sampler, 0, "cpu").pin_memory
-
-
-@pytest.mark.parametrize("what", ["files", "memory"])
-def test_processes_that_cannot_hand_over_their_batches_end_the_loading_with_what_to_raise(folder, what):
+@pytest.mark.parametrize(
+    "limit, advice",
+    [
+        (resource.RLIMIT_NOFILE, r"too many files are open\. Raise the limit in the shell \(ulimit -n\)"),
+        (resource.RLIMIT_FSIZE, r"no room in the shared memory .*\(docker run --shm-size=8g\)"),
+    ],
+    ids=["files", "memory"],
+)
+def test_processes_that_cannot_hand_over_their_batches_end_the_loading_with_what_to_raise(folder, limit, advice):
     """A kept batch costs one open file. A container's full /dev/shm is simulated by a limit on the size of a file."""
     dataset = ImageFolderDataset(list_images(folder), img_size=64)
     loader = build_loader(dataset, GlobalBatchSampler(12, 2), 2, "cpu")
     loader.timeout = 30  # rather fail than hang
-    limit = resource.RLIMIT_NOFILE if what == "files" else resource.RLIMIT_FSIZE
-    before, kept = resource.getrlimit(limit), []
-    value = len(os.listdir("/proc/self/fd")) + 60 if what == "files" else 90_000  # a batch has 98304 bytes
+    before, kept, files = resource.getrlimit(limit), [], limit == resource.RLIMIT_NOFILE
+    value = len(os.listdir("/proc/self/fd")) + 60 if files else 90_000  # a batch has 98304 bytes
     resource.setrlimit(limit, (value, before[1]))
-    advice = (
-        rf"too many files are open\. Raise the limit in the shell \(ulimit -n, now {value}\)"
-        if what == "files"
-        else r"no room in the shared memory .*\(docker run --shm-size=8g\)"
-    )
     try:
         with pytest.raises(LoaderError, match=rf"^the processes that load .*{advice}, or lower num_workers \(now 2;"):
             for _ in range(20):
                 kept += list(loader)
     finally:
         resource.setrlimit(limit, before)
-    assert len(kept) >= (25 if what == "files" else 0)
+    assert len(kept) >= (25 if files else 0)
+
+
+@pytest.fixture
+def loading(folder):
+    """A loader of six batches that two processes load, and those."""
+    before = set(multiprocessing.active_children())
+    loader = build_loader(ImageFolderDataset(list_images(folder), img_size=16), GlobalBatchSampler(12, 2), 2, "cpu")
+    batches = iter(loader)
+    next(batches), next(batches)  # one of each process, which is at work then
+    loading = SimpleNamespace(loader=loader, batches=batches)
+    loading.processes = list(set(multiprocessing.active_children()) - before)
+    assert len(loading.processes) == 2
+    return loading
+
+
+def test_a_killed_loading_process_ends_the_loading_with_one_line(loading):
+    """When its batch is waited for; PyTorch would raise it anywhere in a step."""
+    os.kill(loading.processes[0].pid, signal.SIGKILL)
+    with pytest.raises(LoaderError, match="one of them was killed, perhaps for want of memory.*lower num_workers"):
+        for _ in range(3):  # some batches are there already
+            list(loading.batches)
+            loading.batches = iter(loading.loader)
+
+
+def test_a_stop_signal_from_elsewhere_does_not_end_the_loading(loading):
+    """It goes to all processes of a job, and the training process needs its batches to act on it."""
+    for process in loading.processes:
+        for signum in ("TERM", "INT"):
+            subprocess.run(["kill", f"-{signum}", str(process.pid)], check=True)
+    assert len(list(loading.batches)) == 4
+
+
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_a_loader_that_is_dropped_ends_its_processes(loading, in_a_cycle):
+    loading.loader.itself = loading.loader if in_a_cycle else None
+    del loading.loader, loading.batches
+    gc.collect()
+    assert [process.exitcode for process in loading.processes] == [0, 0]
 
 
 def test_datasets_can_be_sent_to_a_spawned_worker(folder):
@@ -758,33 +735,18 @@ def test_datasets_can_be_sent_to_a_spawned_worker(folder):
 
 
 def config(**changes):
-    settings = {
-        "dataset_name": "folder",
-        "data_path": None,
-        "val_path": None,
-        "img_size": 16,
-        "use_augmentation": True,
-        "random_crop": True,
-        "val_fraction": 0.25,
-        "photos_train_crops": 12,
-        "photos_val_crops": 5,
-        "seed": 0,
-        "cache_latents": False,
-        "use_repa": False,
-        "repa_cache": False,
-    }
-    return SimpleNamespace(**{**settings, **changes})
+    settings = dict(dataset_name="folder", img_size=16, crop="random", val_fraction=0.25, photos_train_crops=12,
+                    photos_val_crops=5)  # fmt: skip
+    return TrainConfig.from_dict({**settings, **changes})
 
 
 def test_build_datasets_from_a_folder(folder, caplog):
     train, val = build_datasets(config(data_path=str(folder)))
     assert len(train) == 9 and len(val) == 3 and not set(train.names) & set(val.names)
-    assert train.flip and train.random_crop and not val.flip and not val.random_crop
-    assert not any(val[(0, 0, position)]["flip"] for position in range(20))
-    plain, none = build_datasets(
-        config(data_path=str(folder), val_fraction=0.0, use_augmentation=False, random_crop=False)
-    )
-    assert len(plain) == 12 and none is None and not plain.flip and not plain.random_crop
+    assert train.flip and train.crop == "random" and not val.flip and val.crop == "center"
+    assert not any(val[(0, 0, position)]["view"] for position in range(20))
+    plain, none = build_datasets(config(data_path=str(folder), val_fraction=0.0, use_augmentation=False, crop="center"))
+    assert len(plain) == 12 and none is None and not plain.flip and plain.crop == "center"
     with caplog.at_level(logging.WARNING):
         train, val = build_datasets(config(data_path=str(folder), dataset_name="celebahq"))
     assert train.names == [f"{i}.png" for i in range(11)] and val.names == ["11.png"] and "celebahq" in caplog.text
@@ -793,8 +755,7 @@ def test_build_datasets_from_a_folder(folder, caplog):
 def test_build_datasets_of_photographs():
     train, val = build_datasets(config(dataset_name="photos", seed=2))
     assert (len(train), len(val)) == (12, 5) and train.flip and not val.flip
-    assert train.names == PhotoCrops("train", 16, 12, seed=2).names
-    assert val.names == PhotoCrops("val", 16, 5, seed=2).names
+    assert train.names == PhotoCrops("train", 16, 12).names
 
 
 def test_missing_data_path_says_what_to_set():
@@ -812,19 +773,25 @@ def broken_files(*names):
 def test_broken_files_are_counted_and_logged_once_with_the_reason(caplog):
     broken = BrokenFiles(1000)
     for names in ("ab", "b", range(8)):
-        broken.add(broken_files(*names))
+        broken.note(broken_files(*names))
+        broken.report()
     assert broken.count == len(caplog.records) == 10 and {record.levelname for record in caplog.records} == {"WARNING"}
     assert caplog.messages[0] == "cannot read the image a.jpg: no a; another takes its place"
+    broken.note(broken_files("c"))
     with pytest.raises(TooManyBrokenFiles, match=r"11 of 1000 images cannot be read(?s:.)*\na\.jpg: no a\nb\.jpg"):
-        broken.add(broken_files("c"))
+        broken.report()
+    broken = BrokenFiles(100)
+    broken.note(broken_files(*range(50)))
     with pytest.raises(TooManyBrokenFiles) as caught:
-        BrokenFiles(100).add(broken_files(*range(50)))
+        broken.report()
     assert str(caught.value).endswith("19.jpg: no 19\nand 30 more")
 
 
 def test_one_broken_file_never_stops_a_run():
     broken = BrokenFiles(3)
-    broken.add(broken_files("a"))
-    broken.add(broken_files("a"))
+    broken.note(broken_files("a"))
+    broken.note(broken_files("a"))
+    broken.report()
+    broken.note(broken_files("b"))
     with pytest.raises(TooManyBrokenFiles, match="2 of 3"):
-        broken.add(broken_files("b"))
+        broken.report()

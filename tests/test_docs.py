@@ -32,11 +32,20 @@ def test_every_command_line_option_is_in_the_readme():
         assert f"| `{option}" in README
 
 
-def test_every_option_of_evaluation_and_ablation_is_in_the_readme():
+def test_every_option_of_evaluation_and_ablation_is_in_the_documentation():
     for name in ("__main__", "ablation"):
         source = (ROOT / "flextok" / "evaluation" / f"{name}.py").read_text()
         for option in re.findall(r'add_argument\("(--[a-z0-9-]+)"', source):
-            assert f"`{option}" in README or f"{option} " in README, option
+            text = README + DOCS["README_EXPERIMENTS"]
+            assert f"`{option}" in text or f"{option} " in text, option
+
+
+def test_every_option_of_the_token_export_is_in_the_documentation():
+    source = (ROOT / "flextok" / "data" / "tokens.py").read_text()
+    options = re.findall(r'\badd\("(--[a-z0-9-]+)"', source)
+    assert len(options) >= 10
+    for option in options:
+        assert f"`{option}" in DOCS["README_OPERATIONS"], option
 
 
 def test_cache_sizes_in_the_readme_are_those_of_the_files():

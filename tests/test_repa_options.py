@@ -1,6 +1,7 @@
 """REPA's options in a training run: several layers, projectors, automatic grid, schedule and stop."""
 
 import math
+import shutil
 import weakref
 
 import pytest
@@ -77,10 +78,8 @@ def test_bad_options_are_refused_before_training(tmp_path, changes, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(repa_projector="conv", repa_spatial_norm=True),
-        dict(repa_project="before_resize", repa_target_size=[7, 5]),
-        dict(repa_projector_hidden=32, repa_layers=[0, 1]),
-        dict(repa_encoder_dtype="bf16"),
+        dict(repa_projector="conv", repa_spatial_norm=True, repa_encoder_dtype="bf16"),
+        dict(repa_project="before_resize", repa_target_size=[7, 5], repa_projector_hidden=32, repa_layers=[0, 1]),
     ],
     ids=str,
 )
@@ -146,9 +145,16 @@ def test_a_schedule_that_contradicts_itself_is_refused(changes, message):
 SCHEDULE = dict(repa_weight=0.5, repa_warmup_steps=2, repa_cooldown_steps=2, repa_stop=5, save_every_steps=1)
 
 
-def test_the_weight_in_force_is_logged_and_the_losses_end_with_the_alignment(tmp_path):
-    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=8, **SCHEDULE)
-    records = read_metrics(tmp_path / "run")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of eight steps, three of them after the stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_main(folder, run_dir=folder / "run", max_steps=8, **SCHEDULE)
+    return folder / "run"
+
+
+def test_the_weight_in_force_is_logged_and_the_losses_end_with_the_alignment(whole):
+    records = read_metrics(whole)
     steps = [r for r in records if "train/loss" in r]
     assert [r["train/repa_weight"] for r in steps] == pytest.approx([0.25, 0.5, 0.5, 0.5, 0.25, 0, 0, 0])
     assert [("train/repa_loss" in r) for r in steps] == [True] * 5 + [False] * 3
@@ -175,26 +181,28 @@ def test_after_the_stop_no_encoder_runs_and_nothing_of_it_is_left(tmp_path):
     assert trainer.repa_module.projector.layers[0].weight.grad is None
 
 
-def test_resuming_across_the_stop_is_exact(tmp_path):
+def test_resuming_across_the_stop_is_exact(whole, tmp_path):
     """From before the stop, from the stop itself, and from after it; the projector stays in the checkpoint."""
-    run_main(tmp_path, run_dir=tmp_path / "whole", max_steps=9, **SCHEDULE)
-    for max_steps, resume in ((3, None), (5, "latest"), (7, "latest"), (9, "latest")):
+    for max_steps, resume in ((3, None), (5, "latest"), (7, "latest"), (8, "latest")):
         run_main(tmp_path, run_dir=tmp_path / "parts", max_steps=max_steps, resume=resume, **SCHEDULE)
-    whole, parts = read_latest(tmp_path / "whole"), read_latest(tmp_path / "parts")
+    runs = whole, tmp_path / "parts"
+    whole, parts = map(read_latest, runs)
     for key in whole:
         if key not in ("config", "random_state", "best_val_loss"):
             assert same(whole[key], parts[key]), key
     assert parts["repa_module_state_dict"]
-    whole, parts = ([r for r in read_metrics(tmp_path / run) if "train/loss" in r] for run in ("whole", "parts"))
+    whole, parts = ([r for r in read_metrics(run) if "train/loss" in r] for run in runs)
     assert whole == parts
 
 
-def test_after_the_end_a_resume_never_loads_the_encoder_and_alignment_is_not_taken_up_again(tmp_path, monkeypatch):
-    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=6, **SCHEDULE)
+def test_after_the_end_a_resume_never_loads_the_encoder_and_alignment_is_not_taken_up_again(
+    whole, tmp_path, monkeypatch
+):
+    shutil.copytree(whole, tmp_path / "run")
     monkeypatch.setattr("flextok.model.utils.repa_loss.load_encoder", lambda *_, **__: pytest.fail("loaded"))
-    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=7, resume="latest", **SCHEDULE)
-    with pytest.raises(CheckpointError, match="after the end of REPA .repa_stop 5., .* repa_stop is now 9"):
-        run_main(tmp_path, run_dir=tmp_path / "run", resume="latest", **{**SCHEDULE, "repa_stop": 9})
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=9, resume="latest", **SCHEDULE)
+    with pytest.raises(CheckpointError, match="after the end of REPA .repa_stop 5., .* repa_stop is now 11"):
+        run_main(tmp_path, run_dir=tmp_path / "run", resume="latest", **{**SCHEDULE, "repa_stop": 11})
 
 
 def test_an_earlier_stop_at_a_resume_ends_the_alignment_at_once(tmp_path):
@@ -205,20 +213,17 @@ def test_an_earlier_stop_at_a_resume_ends_the_alignment_at_once(tmp_path):
     assert [("train/repa_loss" in r) for r in steps] == [True] * 4 + [False] * 2
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
+def test_a_resume_with_another_alignment_is_refused(tmp_path):
+    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=1)
+    for changes, message in (
         (
             dict(repa_layers=[2]),
             r"repa_layers and repa_encoder_type \(\[1\], 'efficientnet_lite0'\), now it is \(\[2\]",
         ),
         (dict(repa_projector_hidden=64), "holds another REPA projector: set repa_projector, repa_projector_hidden"),
-    ],
-)
-def test_a_resume_with_another_alignment_is_refused(tmp_path, changes, message):
-    run_main(tmp_path, run_dir=tmp_path / "run", max_steps=1)
-    with pytest.raises(CheckpointError, match=message):
-        run_main(tmp_path, run_dir=tmp_path / "run", resume="latest", **changes)
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run_main(tmp_path, run_dir=tmp_path / "run", resume="latest", **changes)
 
 
 def test_a_best_metric_that_changes_its_meaning_at_the_stop_gets_a_warning(caplog):

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings
 
-import train_flextok
 from flextok import FlexTokFromHub
 from flextok.training import models
 from flextok.training.config import TrainConfig
+from flextok.training.evaluator import VALIDATION_SEED
 from flextok.training.readout import TokenReadout
 from flextok.training.token_use import psnr, tokens_warning
 from flextok.utils import dtypes
@@ -153,10 +153,10 @@ def test_flow_losses_are_those_of_an_independent_computation():
     for p in trainer.model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
-    metrics, tokens = trainer.token_metrics()
+    metrics, tokens = trainer.evaluator.tokens()
     model, dataset = trainer.model.eval(), trainer.val_loader.dataset
     images = torch.stack([dataset[i * len(dataset) // 8]["image"] for i in range(8)])
-    random = BatchRandom(train_flextok.VALIDATION_SEED, -3, torch.arange(8))
+    random = BatchRandom(VALIDATION_SEED, -3, torch.arange(8))
     noise = random.normal("flow_noise", (4, 4, 4))
     with torch.no_grad():
         encoded = model.encode({"rgb": images})
@@ -211,13 +211,13 @@ def test_best_is_chosen_by_best_metric(tmp_path, monkeypatch, metric, larger_win
     measure = lambda: trainer.latest.update({metric: next(values)})  # noqa: E731
     monkeypatch.setattr(trainer, "validate", measure if not larger_wins else lambda: None)
     monkeypatch.setattr(trainer, "visualize", measure if larger_wins else lambda: None)
-    best, evaluate = [], trainer.evaluate
+    best, evaluate = [], trainer.validate_and_draw
 
     def note_best():
         evaluate()
         best.append(torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)["global_step"])
 
-    monkeypatch.setattr(trainer, "evaluate", note_best)
+    monkeypatch.setattr(trainer, "validate_and_draw", note_best)
     trainer.train(max_steps=5)
     assert best == ([1, 2, 2, 2, 2] if larger_wins else [1, 1, 1, 1, 5])
 

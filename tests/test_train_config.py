@@ -9,17 +9,15 @@ import pytest
 import torch
 import yaml
 
-from flextok.training.checkpoints import find_checkpoint
 from flextok.training.config import (
     TrainConfig,
-    folder_name,
     json_schema,
     load_config,
-    new_run_dir,
-    parse_yaml,
-    write_config,
 )
+from flextok.training.runs import find_run, new_run_dir, write_config
 from flextok.utils.config import ConfigError
+from flextok.utils.files import folder_name
+from flextok.utils.plain import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 PYDANTIC = tuple(int(part) for part in pydantic.VERSION.split(".")[:2])
@@ -82,8 +80,11 @@ WRONG = [
     ),
     ({"repa_weight": -1.0}, "repa_weight is -1.0, expected at least 0"),
     ({"fsq_levels": [8, 1]}, "fsq_levels is [8, 1], expected at least 2 or null"),
-    ({"scheduler": "cosin"}, "scheduler is 'cosin', expected one of cosine, linear, none (did you mean 'cosine'?)"),
-    ({"optimizer": "sgd"}, "optimizer is 'sgd', expected one of adamw, adam"),
+    (
+        {"scheduler": "cosin"},
+        "scheduler is 'cosin', expected one of cosine, linear, wsd, none (did you mean 'cosine'?)",
+    ),
+    ({"optimizer": "sgd"}, "optimizer is 'sgd', expected one of adamw, adam, adamw8bit, muon"),
     ({"dataset_name": "celebhq"}, "dataset_name is 'celebhq' (did you mean 'celebahq'?); use `folder` for others"),
     ({"repa_layers": [1, 1]}, "repa_layers is [1, 1], expected different layers, at least one, or null"),
     ({"repa_layers": []}, "repa_layers is [], expected different layers, at least one, or null"),
@@ -105,8 +106,8 @@ def test_a_wrong_setting_is_refused_in_one_sentence(settings, message):
         ({"model": {"encoder_dpeth": 4}}, "model: unknown argument 'encoder_dpeth' .did you mean 'encoder_depth'"),
         ({"disable_gradient_checkpointing": True, "gradient_checkpointing": True}, "contradict each other"),
         ({"parallel": "fsdp", "train_vae": True}, "a VAE is trained with ddp alone"),
-        ({"cache_latents": True, "random_crop": True}, "cache_latents is true, but random_crop too"),
-        ({"repa_cache": True, "random_crop": True}, "repa_cache is true, but random_crop too"),
+        ({"cache_latents": True, "random_crop": True}, "cache_latents is true, but crop is random"),
+        ({"repa_cache": True, "random_crop": True}, "repa_cache is true, but crop is random"),
         ({"cache_latents": True, "train_vae": True}, "the latents of a VAE that is trained change"),
     ],
 )  # fmt: skip
@@ -313,7 +314,7 @@ def test_a_run_whose_name_has_slashes_is_found_again(tmp_path):
     latest = new_run_dir(settings) / "checkpoints" / "latest.pt"
     latest.parent.mkdir(parents=True)
     latest.touch()
-    assert find_checkpoint("latest", None, tmp_path, "a/b", settings.use_repa) == latest
+    assert find_run(settings, "latest", None) == (latest.parent.parent, latest)
 
 
 # The schema for editors

@@ -2,13 +2,14 @@
 
 import builtins
 import math
-import subprocess
+import multiprocessing
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import Script
 from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader, Dataset
@@ -16,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 import train_flextok
 from flextok import FlexTokFromHub
 from flextok.training import monitor
-from flextok.training.config import TrainConfig, load_config, new_run_dir
+from flextok.training.config import TrainConfig, load_config
 from flextok.training.models import load_model
+from flextok.training.runs import new_run_dir
 from flextok.utils.checkpoint import CheckpointError
 from flextok.utils.config import ConfigError, instantiate
 from flextok.utils.errors import UserError
@@ -368,6 +370,17 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(tmp_path):
         assert one["train/grad_norm"] == pytest.approx(many["train/grad_norm"], rel=1e-4)
 
 
+def test_a_run_leaves_no_loading_processes(tmp_path):
+    trainer = make_trainer(tmp_path, use_repa=False, num_workers=2)
+    trainer.train(max_steps=2)
+    assert not multiprocessing.active_children()
+    trainer.train(max_steps=8)  # goes on with new ones, in mid-epoch
+    whole = make_trainer(tmp_path / "whole", use_repa=False)
+    whole.train(max_steps=8)
+    assert same(dict(trainer.model.state_dict()), dict(whole.model.state_dict()))
+    assert not multiprocessing.active_children()
+
+
 def test_an_epoch_trains_on_every_image_once(tmp_path):
     trainer = make_trainer(tmp_path, batch_size=5, gradient_accumulation_steps=2)
     seen = []
@@ -541,22 +554,30 @@ def test_kept_checkpoints_do_not_change_with_the_latest(tmp_path):
     assert steps["best.pt"] == min(losses, key=losses.get)
 
 
+RESUMED = dict(use_ema=True, ema_decay=0.9, batch_size=2, gradient_accumulation_steps=2, save_every_steps=0)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run_main(folder, run_dir=folder / "run", **RESUMED)
+    return folder / "run"
+
+
 @pytest.mark.parametrize("stop", [4, 6, 9])
-def test_resume_continues_bit_for_bit(tmp_path, stop):
+def test_resume_continues_bit_for_bit(tmp_path, whole_run, stop):
     """In mid-epoch, at an epoch's end, and in the second epoch; EMA, augmentation and accumulation included."""
-    changes = dict(use_ema=True, ema_decay=0.9, batch_size=2, gradient_accumulation_steps=2, save_every_steps=0)
-    run_main(tmp_path, run_dir=tmp_path / "whole", **changes)
-    run_main(tmp_path, run_dir=tmp_path / "parts", max_steps=stop, **changes)
+    run_main(tmp_path, run_dir=tmp_path / "parts", max_steps=stop, **RESUMED)
     torch.manual_seed(stop)  # whatever the global random state is
-    run_main(tmp_path, run_dir=tmp_path / "parts", resume="latest", **changes)
-    whole, parts = read_latest(tmp_path / "whole"), read_latest(tmp_path / "parts")
+    run_main(tmp_path, run_dir=tmp_path / "parts", resume="latest", **RESUMED)
+    whole, parts = read_latest(whole_run), read_latest(tmp_path / "parts")
     for key in whole:
         if key != "config":
             assert same(whole[key], parts[key]), key
     # the run that was stopped drew a picture when it stopped, and in mid-epoch validated once more
     ending = [("val/psnr_k1", True), ("val/flow_loss", stop % 6)]
     extra = [r for r in read_metrics(tmp_path / "parts") if r["step"] == stop and any(k in r and e for k, e in ending)]
-    assert [r for r in read_metrics(tmp_path / "parts") if r not in extra] == read_metrics(tmp_path / "whole")
+    assert [r for r in read_metrics(tmp_path / "parts") if r not in extra] == read_metrics(whole_run)
 
 
 def test_resume_cuts_metrics_back_to_the_checkpoint(tmp_path):
@@ -698,9 +719,9 @@ def test_export_computes_what_the_trained_model_computes(tmp_path):
 def test_any_checkpoint_can_be_exported_by_command(tmp_path):
     trainer = make_trainer(tmp_path / "run", use_ema=True, ema_decay=0.5, use_repa=False)
     trainer.train(max_steps=2)
-    command = [sys.executable, "-m", "flextok.training.export", tmp_path / "run" / "checkpoints" / "latest.pt"]
-    subprocess.run([*command, tmp_path / "averaged"], check=True, timeout=120)
-    subprocess.run([*command, tmp_path / "raw", "--raw"], check=True, timeout=120)
+    command = ["-m", "flextok.training.export", tmp_path / "run" / "checkpoints" / "latest.pt"]
+    assert Script(*command, tmp_path / "averaged").wait().returncode == 0
+    assert Script(*command, tmp_path / "raw", "--raw").wait().returncode == 0
     averaged, raw = (FlexTokFromHub.from_pretrained(tmp_path / name).state_dict() for name in ("averaged", "raw"))
     assert same(dict(raw), dict(trainer.model.state_dict()))
     assert same(dict(averaged), FlexTokFromHub.from_pretrained(tmp_path / "run" / "export").state_dict() | {})

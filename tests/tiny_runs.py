@@ -9,8 +9,9 @@ import yaml
 
 import train_flextok
 from flextok.data.batch import Batch
-from flextok.data.loader import build_datasets, build_loaders
+from flextok.data.loader import build_loaders
 from flextok.data.precompute import precompute
+from flextok.data.sources import build_datasets
 from flextok.training.config import TrainConfig
 from flextok.training.models import load_model
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -28,33 +29,26 @@ def machine(device: torch.device) -> str:
     """What the figures were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_info() -> list:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
+    cpus = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else None
+    name = model[1] if model else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m flextok.benchmark", description="Measure speed and memory.")
     benchmarks = parser.add_subparsers(dest="benchmark")
     for name, (module, text) in BENCHMARKS.items():
-        benchmark = benchmarks.add_parser(name, help=text)
-        benchmark.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-        benchmark.add_argument(
-            "--dtype", choices=sorted(DTYPES), help="fp32 or autocast (default: bf16 where the device computes it)"
-        )
-        benchmark.add_argument("--batch-sizes", type=at_least_1, nargs="+", metavar="N", help="default: 4, on GPUs 32")
-        benchmark.add_argument(
-            "--rounds", type=at_least_1, default=5, metavar="N", help="rounds in which the arms take turns (default: 5)"
-        )
+        add = benchmarks.add_parser(name, help=text)
         file = Path("benchmark", f"{name}.json")
-        benchmark.add_argument("--json", type=Path, default=file, metavar="FILE", help=f"all numbers (default: {file})")
-        module.add_arguments(benchmark)
+        add.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+        add.add_argument("--dtype", choices=sorted(DTYPES),
+                         help="fp32 or autocast (default: bf16 where the device computes it)")  # fmt: skip
+        add.add_argument("--batch-sizes", type=at_least_1, nargs="+", metavar="N", help="default: 4, on GPUs 32")
+        add.add_argument("--rounds", type=at_least_1, default=5, metavar="N",
+                         help="rounds in which the arms take turns (default: 5)")  # fmt: skip
+        add.add_argument("--json", type=Path, default=file, metavar="FILE", help=f"all numbers (default: {file})")
+        module.add_arguments(add)
     arguments = parser.parse_args(command_line)
     if arguments.benchmark is None:
         for name in BENCHMARKS:
@@ -67,12 +61,8 @@ def main(command_line: list[str] | None = None) -> None:
     arguments.batch_sizes = arguments.batch_sizes or [4 if device.type == "cpu" else 32]
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     dtype = DTYPES[arguments.dtype or ("bf16" if computes_bf16(device) else "fp32")]
-    about = {
-        "benchmark": arguments.benchmark,
-        "machine": machine(device),
-        "dtype": str(dtype),
-        "torch": torch.__version__,
-    }
+    about = {"benchmark": arguments.benchmark, "machine": machine(device), "dtype": str(dtype),
+             "torch": torch.__version__}  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     result = BENCHMARKS[arguments.benchmark][0].run(arguments, device, dtype)
     arguments.json.write_text(json.dumps({**about, **result}, indent=2))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,14 +24,14 @@ from ..training.models import new_model_config
 from ..utils.config import ConfigError
 from ..utils.dtypes import name_of
 from ..utils.modules import count_parameters
-from .timing import alternate, ratio, report_ratios, report_seconds
+from .timing import add_preset, alternate, ratio, report_ratios, report_seconds
 from .train import IMG_SIZE, build_trainer, kept_for_backward
 
 WIDTHS = (768, 1152, 1792)  # of the decoders d12, d18, d28
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="d12-d12", help="model: d12-d12, d18-d18 or d18-d28 (default: %(default)s)")
+    add_preset(parser)
     parser.add_argument(
         "--encoder", default="dinov2_vitl14", help="its size, with random weights (default: %(default)s)"
     )
@@ -59,8 +60,6 @@ class CachedBatches:
 
 def random_encoder(name: str, image_size: int, dtype: torch.dtype) -> FrozenEncoder:
     """The architecture of a DINOv2 from timm, with random weights: the same work, nothing to download."""
-    import timm
-
     facts = encoder_facts(name, image_size)
     timm_name = f"vit_{ {'s': 'small', 'b': 'base', 'l': 'large', 'g': 'giant'}[name[10]] }_patch14_dinov2"
     model = timm.create_model(timm_name, pretrained=False, num_classes=0, img_size=facts.image_size)
@@ -84,8 +83,8 @@ def step_arms(trainer: FlexTokTrainer, data: CachedBatches, encoder: FrozenEncod
     decoder_features = torch.randn(len(images), *grid, module.decoder_dim, device=device, requires_grad=True)
     target = torch.randn(len(images), module.encoder_dim, *module.target_size, device=device)
 
-    def project(project_when: str) -> None:
-        module.project_when = project_when
+    def project() -> None:
+        module.project_when = "after_resize"
         with trainer.autocast():
             loss = torch.stack(module.layer_losses(decoder_features, target)).mean()
         loss.backward()
@@ -99,7 +98,7 @@ def step_arms(trainer: FlexTokTrainer, data: CachedBatches, encoder: FrozenEncod
         "cached, after_resize": lambda: step(True, "after_resize"),
         "online, after_resize": lambda: step(True, "after_resize", online=True),
         "encoder alone": lambda: encoder(images),
-        "projector alone, after_resize": lambda: project("after_resize"),
+        "projector alone, after_resize": project,
     }
 
 
@@ -117,18 +116,14 @@ def projector_memory(decoder_dim: int, encoder: str, autocast: Callable[[], Any]
     per_image = {}
     for project_when in ("after_resize", "before_resize"):
         module = REPAModule(decoder_dim, encoder, project_when=project_when)
-
-        def kept(batch_size: int, module: REPAModule = module) -> int:
+        kept = []
+        for batch_size in (1, 2):
             features = torch.randn(batch_size, IMG_SIZE // 16, IMG_SIZE // 16, decoder_dim)
             target = torch.randn(batch_size, module.encoder_dim, *module.target_size)
-
-            def loss() -> torch.Tensor:
-                with autocast():
-                    return module.layer_losses(features, target)[0]
-
-            return kept_for_backward(loss, module.parameters())
-
-        per_image[project_when] = kept(2) - kept(1)  # what is kept per step, such as weights cast to bf16, drops out
+            with autocast():
+                loss = functools.partial(module.layer_losses, features, target)
+                kept.append(kept_for_backward(loss, module.parameters()))
+        per_image[project_when] = kept[1] - kept[0]  # what is kept once, such as weights cast to bf16, drops out
     return per_image
 
 
@@ -155,9 +150,7 @@ def memory_tables() -> list[dict]:
     """Sizes of encoders, projectors and caches; computed, not measured."""
     rows = []
     for name, known in known_encoders().items():
-        if name.endswith("_reg"):
-            continue
-        for image_size in sorted({known.image_size, 224}):
+        for image_size in [] if name.endswith("_reg") else sorted({known.image_size, 224}):
             facts = encoder_facts(name, image_size)
             rows.append({
                 "encoder": name, "image_size": image_size, "grid": list(facts.grid), "parameters": facts.parameters,
@@ -182,51 +175,39 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
             latent_shape = (trainer.model.vae.latent_channels, IMG_SIZE // 8, IMG_SIZE // 8)
             data = CachedBatches(Path(folder), facts.grid, facts.dim, batch_size, latent_shape)
             times = alternate(step_arms(trainer, data, encoder), arguments.rounds, device)
-        result[f"batch {batch_size}"] = report_times(times, batch_size)
+        base, online = times["no REPA"], times["online, after_resize"]
+        parts = [sum(each) for each in zip(base, times["encoder alone"], times["projector alone, after_resize"])]
+        report_seconds(times, f"batch {batch_size}: seconds per step")
+        ratios = report_ratios([
+            ("cached, before_resize / no REPA", ratio(times["cached, before_resize"], base), 1.10),
+            ("cached, after_resize / no REPA", ratio(times["cached, after_resize"], base), 1.25),
+            ("online / (no REPA + encoder + projector)", ratio(online, parts), 1.05),
+            ("online / no REPA", ratio(online, base), None),
+        ])  # fmt: skip
+        result[f"batch {batch_size}"] = {"seconds": times, "ratios": ratios}
     precisions = {"fp32": contextlib.nullcontext}
     if autocast:
         precisions[name_of(dtype)] = functools.partial(torch.autocast, "cpu", dtype)  # where it is counted
-    result["projector_memory"] = {
-        f"width {width}, {name}": projector_memory(width, arguments.encoder, context)
-        for width in WIDTHS
-        for name, context in precisions.items()
-    }
-    result["checkpoint"] = checkpoint_growth(device)
-    result["memory"] = memory_tables()
-    report_memory(result)
-    return result
-
-
-def report_times(times: dict[str, list[float]], batch_size: int) -> dict:
-    base = times["no REPA"]
-    sum_of_parts = [sum(parts) for parts in zip(base, times["encoder alone"], times["projector alone, after_resize"])]
-    ratios = [
-        ("cached, before_resize / no REPA", ratio(times["cached, before_resize"], base), 1.10),
-        ("cached, after_resize / no REPA", ratio(times["cached, after_resize"], base), 1.25),
-        ("online / (no REPA + encoder + projector)", ratio(times["online, after_resize"], sum_of_parts), 1.05),
-        ("online / no REPA", ratio(times["online, after_resize"], base), None),
-    ]
-    report_seconds(times, f"batch {batch_size}: seconds per step")
-    return {"seconds": times, "ratios": report_ratios(ratios)}
-
-
-def report_memory(result: dict) -> None:
     print("\nkept for the backward pass by projector and loss, per image")
-    for name, sizes in result["projector_memory"].items():
-        print(f"  {name:<24}", ", ".join(f"{when} {size / 1e6:.1f} MB" for when, size in sizes.items()))
-    sizes = result["checkpoint"]
+    result["projector_memory"] = {}
+    for width in WIDTHS:
+        for name, context in precisions.items():
+            sizes = projector_memory(width, arguments.encoder, context)
+            result["projector_memory"][f"width {width}, {name}"] = sizes
+            shown = ", ".join(f"{when} {size / 1e6:.1f} MB" for when, size in sizes.items())
+            print(f"  {f'width {width}, {name}':<24} {shown}")
+    result["checkpoint"] = sizes = checkpoint_growth(device)
     growth = (sizes["with"] - sizes["without"]) / sizes["projector_and_moments"]
+    reached = "yes" if growth <= 1.01 else "NO"
     print(
         f"\ncheckpoint of a small run: {sizes['without'] / 1e6:.2f} MB without REPA, {sizes['with'] / 1e6:.2f} MB with"
     )
-    print(
-        f"  growth / (projector and its moments)       {growth:8.3f}  at most 1.01: {'yes' if growth <= 1.01 else 'NO'}"
-    )
+    print(f"  growth / (projector and its moments)       {growth:8.3f}  at most 1.01: {reached}")
+    result["memory"] = memory_tables()
     print("\nencoder              px   grid      parameters  fp32 GB  bf16 GB  cache per 1000 images, flips included")
     for row in result["memory"]:
         grid = "x".join(map(str, row["grid"]))
-        print(
-            f"{row['encoder']:<19} {row['image_size']:>4}   {grid:<7} {row['parameters'] / 1e6:>9.1f} M "
-            f"{row['bytes_fp32'] / 1e9:>8.2f} {row['bytes_bf16'] / 1e9:>8.2f}  "
-            f"{row['cache_bytes_per_1000_images'] / 1e9:.2f} GB"
-        )
+        print(f"{row['encoder']:<19} {row['image_size']:>4}   {grid:<7} {row['parameters'] / 1e6:>9.1f} M "
+              f"{row['bytes_fp32'] / 1e9:>8.2f} {row['bytes_bf16'] / 1e9:>8.2f}  "
+              f"{row['cache_bytes_per_1000_images'] / 1e9:.2f} GB")  # fmt: skip
+    return result

@@ -7,11 +7,11 @@ import torch
 from ..flextok_wrapper import FlexTokFromHub
 from ..model.builder import preset_config
 from ..utils.dtypes import precision
-from .timing import alternate, at_least_1, ratio, report_ratios, report_seconds, spread
+from .timing import add_preset, alternate, at_least_1, ratio, report, report_ratios, report_seconds, spread
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="d12-d12", help="model: d12-d12, d18-d18 or d18-d28 (default: %(default)s)")
+    add_preset(parser)
     parser.add_argument("--steps", type=at_least_1, default=25, metavar="N", help="Euler steps (default: 25)")
 
 
@@ -43,12 +43,12 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     times = alternate(arms, arguments.rounds, device)
     print(f"\n{arguments.preset}, 256 px, latents only, guidance scale 7.5")
     report_seconds(times, "seconds")
+    images = {}
     for n in arguments.batch_sizes:
-        passes_times = times[f"{2 * steps} decoder passes, batch {n}"]
+        images[n] = spread([n / seconds for seconds in times[f"{steps} steps with APG, batch {n}"]])
+        report(f"images/s with APG, batch {n}", images[n], digits=4)
         for name, limit in (("APG", 1.05), ("CFG", None)):
-            share = ratio(times[f"{steps} steps with {name}, batch {n}"], passes_times)
-            rows.append((f"{name} / decoder passes, batch {n}", share, limit))
-    images = {n: spread([n / t for t in times[f"{steps} steps with APG, batch {n}"]]) for n in arguments.batch_sizes}
-    for n, rates in images.items():
-        print("  images/s with APG, batch {:<20} {:9.4f}  ({:.4f} to {:.4f})".format(n, *rates))
+            guided = times[f"{steps} steps with {name}, batch {n}"]
+            unguided = times[f"{2 * steps} decoder passes, batch {n}"]
+            rows.append((f"{name} / decoder passes, batch {n}", ratio(guided, unguided), limit))
     return {"steps": steps, "seconds": times, "images_per_second": images, "ratios": report_ratios(rows)}

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,11 +12,12 @@ import torch
 import train_flextok
 
 from ..utils.errors import UserError
-from .timing import ratio, report_ratios, spread
+from .timing import ratio, report, report_ratios, spread
 
 ROOT = Path(train_flextok.__file__).resolve().parent
 HELP = ["train_flextok.py", "--help"]
 QUICK_START = ["train_flextok.py", "--config", "configs/quickstart.yaml"]
+FIRST_STEP = "first step of the quick start"
 FIRST_STEP_ROUNDS = 3  # at most: a round takes long
 
 
@@ -59,9 +59,8 @@ def first_step(device: torch.device) -> float:
     """Seconds to the first step of the quick start, with empty caches and without W&B."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        options = ["--max-steps", "1", "--run-dir", str(run_dir), "--device", str(device)]
-        for override in (f"cache_dir={folder}/cache", "log_every=1", "use_wandb=false"):
-            options += ["--set", override]
+        options = ["--max-steps", "1", "--run-dir", str(run_dir), "--device", str(device),
+                   f"--set=cache_dir={folder}/cache", "--set=log_every=1", "--set=use_wandb=false"]  # fmt: skip
         return seconds_to_first_step([sys.executable, *QUICK_START, *options], run_dir)
 
 
@@ -74,36 +73,20 @@ def imported_modules(*arguments: str) -> set[str]:
 
 def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
     """All measurements as plain numbers; prints them."""
-    arms: dict[str, Callable[[], float]] = {
-        "--help": lambda: process_seconds(*HELP),
-        "import torch": lambda: process_seconds("-c", "import torch"),
-        "first step of the quick start": lambda: first_step(device),
-    }
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    times: dict[str, list[float]] = {"--help": [], "import torch": [], FIRST_STEP: []}
     for i in range(arguments.rounds):
-        for name, seconds in arms.items():
-            if i < FIRST_STEP_ROUNDS or "first step" not in name:
-                times[name].append(seconds())
-    result = {
-        "seconds": times,
-        "ratios": {
-            f"{name} / import torch": ratio(values, times["import torch"])
-            for name, values in times.items()
-            if name != "import torch"
-        },
-        "help_imports_torch": "torch" in imported_modules(*HELP),
-    }
-    report(result)
-    return result
-
-
-def report(result: dict) -> None:
-    targets = {"--help": 1.5, "first step of the quick start": 20}
+        times["--help"].append(process_seconds(*HELP))
+        times["import torch"].append(process_seconds("-c", "import torch"))
+        if i < FIRST_STEP_ROUNDS:
+            times[FIRST_STEP].append(first_step(device))
     print("\nseconds of fresh processes, median (smallest to largest)")
-    for name, values in result["seconds"].items():
-        middle, smallest, largest = spread(values)
-        target = targets.get(name)
-        wanted = "" if target is None else f"  under {target}: {'yes' if middle < target else 'NO'}"
-        print(f"  {name:<46} {middle:9.2f}  ({smallest:.2f} to {largest:.2f}), {len(values)} rounds{wanted}")
-    report_ratios([(name, values, None) for name, values in result["ratios"].items()])
-    print(f"--help imports torch: {'YES' if result['help_imports_torch'] else 'no'}")
+    targets = {"--help": 1.5, FIRST_STEP: 20}
+    for name, values in times.items():
+        note, target, middle = f", {len(values)} rounds", targets.get(name), spread(values)
+        if target is not None:
+            note += f"  under {target}: {'yes' if middle[0] < target else 'NO'}"
+        report(name, middle, digits=2, note=note)
+    rows = [(f"{name} / import torch", ratio(times[name], times["import torch"]), None) for name in targets]
+    ratios, imports_torch = report_ratios(rows), "torch" in imported_modules(*HELP)
+    print(f"--help imports torch: {'YES' if imports_torch else 'no'}")
+    return {"seconds": times, "ratios": ratios, "help_imports_torch": imports_torch}

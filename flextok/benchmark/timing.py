@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+Spread = tuple[float, float, float]  # (median, smallest, largest)
+
 
 def at_least_1(text: str) -> int:
     """Type of a command-line option: a count."""
@@ -16,6 +18,10 @@ def at_least_1(text: str) -> int:
     return value
 
 
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="d12-d12", help="model: d12-d12, d18-d18 or d18-d28 (default: %(default)s)")
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -23,7 +29,7 @@ def synchronize(device: torch.device) -> None:
 
 def alternate(
     arms: dict[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1, at_least: float = 0.5
-) -> dict:
+) -> dict[str, list[float]]:
     """Seconds of each arm in each round, after `warmup` rounds that are not counted: {name: [seconds] * rounds}.
 
     An arm that takes less than `at_least` seconds is run several times in a row, without waiting for the device in
@@ -46,12 +52,11 @@ def alternate(
     return times
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """(median, smallest, largest)."""
+def spread(values: list[float]) -> Spread:
     return statistics.median(values), min(values), max(values)
 
 
-def ratio(numerator: list[float], denominator: list[float]) -> tuple[float, float, float]:
+def ratio(numerator: list[float], denominator: list[float]) -> Spread:
     """Median, smallest and largest of the ratios of each round."""
     return spread([a / b for a, b in zip(numerator, denominator)])
 
@@ -70,20 +75,25 @@ def matmul_arm(device: torch.device, dtype: torch.dtype, size: int | None = None
     return lambda: torch.mm(a, b, out=product), 2.0 * size**3
 
 
+def report(name: str, values: Spread, digits: int = 3, note: str = "") -> None:
+    """Print a name, the median and (smallest to largest)."""
+    median, smallest, largest = (f"{value:.{digits}f}" for value in values)
+    print(f"  {name:<46} {median:>9}  ({smallest} to {largest}){note}")
+
+
 def report_seconds(times: dict[str, list[float]], title: str) -> None:
     print(f"\n{title}, median (smallest to largest) of {len(next(iter(times.values())))} rounds")
     for name, values in times.items():
-        print("  {:<46} {:9.4f}  ({:.4f} to {:.4f})".format(name, *spread(values)))
+        report(name, spread(values), digits=4)
 
 
-def report_ratios(rows: list[tuple[str, tuple[float, float, float], float | None]]) -> dict:
-    """Print ratios (name, (median, smallest, largest), limit): at most `limit` is wanted, or at least, if negative."""
+def report_ratios(rows: list[tuple[str, Spread, float | None]]) -> dict[str, Spread]:
+    """Print ratios (name, values, limit): at most `limit` is wanted, or at least, if negative."""
     print("ratios within a round")
     for name, values, limit in rows:
         wanted = ""
         if limit is not None:
             met = values[0] <= limit if limit > 0 else values[0] >= -limit
             wanted = f"  at {'most' if limit > 0 else 'least'} {abs(limit):.2f}: {'yes' if met else 'NO'}"
-        median, smallest, largest = values
-        print(f"  {name:<46} {median:9.3f}  ({smallest:.3f} to {largest:.3f}){wanted}")
+        report(name, values, note=wanted)
     return {name: values for name, values, _ in rows}

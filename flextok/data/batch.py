@@ -36,23 +36,19 @@ class Batch:
 
     @classmethod
     def of(cls, value: Any) -> "Batch":
-        """A batch of any loader: a Batch, a tensor of images, a tuple that begins with one, or a dict with `image`.
+        """A batch of any loader: a Batch, a tensor of images, or a tuple that begins with one.
 
         Raises:
             ValueError: There is no tensor [B, 3, H, W].
         """
         if isinstance(value, Batch):
             return value
-        position = value.get("position") if isinstance(value, dict) else None
-        images = value
-        if isinstance(value, dict):
-            images = value.get("image")
-        elif isinstance(value, (list, tuple)) and not (len(value) > 1 and getattr(value[1], "ndim", 0) == 4):
-            images = value[0]
+        is_list_of_images = isinstance(value, (list, tuple)) and len(value) > 1 and getattr(value[1], "ndim", 0) == 4
+        images = value[0] if isinstance(value, (list, tuple)) and not is_list_of_images else value
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3:
             given = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
             raise ValueError(f"a batch of images is {given}, expected a tensor [B, 3, H, W] in [-1, 1]")
-        return cls(images=images, position=position)
+        return cls(images=images)
 
     def __len__(self) -> int:
         return len(next(t for t in (self.images, self.index, self.latents) if t is not None))
@@ -75,7 +71,7 @@ class Batch:
 
 
 def collate(items: Sequence[dict]) -> Batch:
-    """Join dataset items (see `flextok.data.images.ImageFolderDataset`) into a Batch."""
+    """Join dataset items (see `flextok.data.images.ImageDataset`) into a Batch."""
     filler = items[0]["position"] == FILLER
     return Batch(
         images=torch.stack([item["image"] for item in items]) if "image" in items[0] else None,

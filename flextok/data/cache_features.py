@@ -18,8 +18,8 @@ from ..training.models import check_repa_settings, load_model, set_vae_dtype, se
 from ..utils.config import ConfigError
 from ..utils.devices import chosen_device
 from ..utils.errors import run_command
-from .loader import build_datasets
 from .precompute import cache_plans, fill_caches
+from .sources import build_datasets
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,11 +30,7 @@ class Digits(ImagesInMemory):
         ModuleNotFoundError: scikit-learn is not installed.
     """
 
-    kind = "digits"
-
     def __init__(self, split: str, img_size: int, flip: bool = False, seed: int = 0):
-        if split not in ("train", "val"):
-            raise ValueError(f"split is {split!r}: expected 'train' or 'val'")
         if not SIDE <= img_size <= MAX_SIZE:
             raise ConfigError(
                 f"img_size is {img_size}, but dataset_name is digits, drawings of {SIDE}x{SIDE} pixels: expected "
@@ -47,8 +43,8 @@ class Digits(ImagesInMemory):
         data = load_digits()
         order = torch.randperm(N_DIGITS, generator=generator(SPLIT_SEED, "digits"))
         chosen = (order[:N_TRAIN] if split == "train" else order[N_TRAIN:]).sort().values.numpy()
-        self.labels, self.classes = data.target[chosen].tolist(), [str(digit) for digit in range(10)]
         pixels = np.rint(data.images[chosen] * (255 / data.images.max())).astype(np.uint8)
         size = (img_size, img_size)
         pixels = [Image.fromarray(digit).resize(size, Image.Resampling.BILINEAR).convert("RGB") for digit in pixels]
-        super().__init__(np.stack(pixels), [f"digit {i}" for i in chosen], flip, seed)
+        super().__init__("digits", np.stack(pixels), [f"digit {i}" for i in chosen], flip, seed)
+        self.labels, self.classes = data.target[chosen].tolist(), [str(digit) for digit in range(10)]

@@ -1,4 +1,4 @@
-"""Folders of images: find the files, split them, read any of them as RGB, serve them as tensors in [-1, 1]."""
+"""Images: find the files of a folder, split them, read any of them as RGB, serve them as tensors in [-1, 1]."""
 
 import errno
 import hashlib
@@ -6,9 +6,9 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -45,24 +45,16 @@ class BrokenImage(Exception):
     """The image file at `path` cannot be read, for `reason`."""
 
     def __init__(self, path: str | Path, reason: str):
-        super().__init__(path, reason)
-        self.path, self.reason = Path(path), reason
-
-    def __str__(self) -> str:
-        return f"cannot read the image {self.path}: {self.reason}"
+        super().__init__(f"cannot read the image {path}: {reason}")
+        self.path, self.reason = path, reason
 
 
 class BrokenFile(NamedTuple):
-    """A file that was skipped because it cannot be read, and why."""
+    """An image that was skipped because it cannot be read: its name in the dataset, why, and its index there."""
 
     path: str
     reason: str
-
-
-def _natural_key(name: str) -> tuple:
-    """Sort key that compares runs of digits as numbers: a2 < a10."""
-    parts = re.split(r"(\d+)", name.casefold())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+    index: int | None = None
 
 
 def _is_image_file(path: Path) -> bool:
@@ -71,10 +63,6 @@ def _is_image_file(path: Path) -> bool:
     if path.is_symlink() and not path.exists():
         logger.warning("%s is a link to nothing, or to itself: it is left out", path)
     return path.is_file()
-
-
-def _log_unreadable_folder(error: OSError) -> None:
-    logger.warning("cannot read the folder %s (%s): its images are left out", error.filename, error.strerror)
 
 
 def list_images(folder: str | Path, setting: str = "data_path") -> list[Path]:
@@ -101,8 +89,11 @@ def list_images(folder: str | Path, setting: str = "data_path") -> list[Path]:
     if inner is not None and not any(_is_image_file(path) for path in root.iterdir()):
         root = inner
 
+    def log_unreadable(error: OSError) -> None:
+        logger.warning("cannot read the folder %s (%s): its images are left out", error.filename, error.strerror)
+
     paths, seen = [], set()
-    for parent, folders, files in os.walk(root, followlinks=True, onerror=_log_unreadable_folder):
+    for parent, folders, files in os.walk(root, followlinks=True, onerror=log_unreadable):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -115,26 +106,24 @@ def list_images(folder: str | Path, setting: str = "data_path") -> list[Path]:
             f"no images in {root} or its sub-folders: expected files that end in {', '.join(EXTENSIONS)}; "
             f"check {setting}"
         )
-    _log_sub_folders(given, root, paths, setting)
 
-    by_number = all(path.stem.isdecimal() for path in paths)
-
-    def sort_key(path: Path) -> tuple:
-        return int(path.stem) if by_number else 0, _natural_key(path.relative_to(root).as_posix())
-
-    return sorted(paths, key=sort_key)
-
-
-def _log_sub_folders(given: Path, root: Path, paths: Sequence[Path], setting: str) -> None:
-    """Say which sub-folders of `given` the images come from, where that is not plain."""
-    if root != given and len([path for path in given.iterdir() if path.is_dir()]) > 1:
-        logger.info("%s %s: only the %d images of its folder %s are taken", setting, given, len(paths),
-                    root.relative_to(given))  # fmt: skip
+    if root != given and sum(path.is_dir() for path in given.iterdir()) > 1:
+        inner_name = root.relative_to(given)
+        logger.info("%s %s: only the %d images of its folder %s are taken", setting, given, len(paths), inner_name)
     counts = Counter(path.relative_to(root).parts[0] if path.parent != root else "." for path in paths)
     if len(counts) > 1:
         largest = ", ".join(f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda item: -item[1])[:5])
         more = f" and {len(counts) - 5} more" if len(counts) > 5 else ""
         logger.info("%s %s: %d images of all its folders are taken: %s%s", setting, root, len(paths), largest, more)
+
+    by_number = all(path.stem.isdecimal() for path in paths)
+
+    def sort_key(path: Path) -> tuple:
+        name = path.relative_to(root).as_posix()
+        parts = re.split(r"(\d+)", name.casefold())  # runs of digits, at odd places, compare as numbers
+        return int(path.stem) if by_number else 0, [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+    return sorted(paths, key=sort_key)
 
 
 def split_paths(
@@ -162,10 +151,16 @@ def split_paths(
         n_train = n - n_val - n_test
         return list(paths[:n_train]), list(paths[n_train : n_train + n_val]), list(paths[n_train + n_val :])
 
+    train, val = split_indices(n, val_fraction, seed)
+    return [paths[i] for i in train], [paths[i] for i in val], []
+
+
+def split_indices(n: int, val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Which of n images train and which validate, each in order: a random part, the same for a seed."""
     n_val = min(max(round(n * val_fraction), 1), n - 1) if val_fraction > 0 and n > 1 else 0
-    chosen = set(torch.randperm(n, generator=generator(seed, "split"))[:n_val].tolist())
-    train = [path for i, path in enumerate(paths) if i not in chosen]
-    return train, [paths[i] for i in sorted(chosen)], []
+    val = torch.randperm(n, generator=generator(seed, "split"))[:n_val].tolist()
+    chosen = set(val)
+    return [i for i in range(n) if i not in chosen], sorted(val)
 
 
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:
@@ -197,8 +192,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def load_image(path: str | Path, min_size: int | None = None) -> Image.Image:
-    """Read an image file of any mode as 8-bit RGB.
+def load_image(path: str | Path | IO[bytes], min_size: int | None = None) -> Image.Image:
+    """Read an image file, or what a file object holds, of any mode as 8-bit RGB.
 
     It is upright by its EXIF tag, transparency is laid over white, and of several frames the first is taken.
 
@@ -231,11 +226,6 @@ def load_image(path: str | Path, min_size: int | None = None) -> Image.Image:
         raise BrokenImage(path, f"{type(error).__name__}: {error}") from error
 
 
-def pixels_to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """Turn uint8 [H, W, 3] into float32 [3, H, W] in [-1, 1]."""
-    return torch.tensor(pixels).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
-
-
 def image_to_tensor(image: Image.Image, size: int, crop: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
     """Scale the short side of an RGB image to `size` and crop it to a square: float32 [3, size, size] in [-1, 1].
 
@@ -252,111 +242,246 @@ def image_to_tensor(image: Image.Image, size: int, crop: tuple[float, float] = (
         offset = round(place * ((length - side) * size // side))
         corner.append(min(offset * side / size, length - side))
     box = (corner[0], corner[1], corner[0] + side, corner[1] + side)
-    return pixels_to_tensor(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box)))
+    pixels = torch.tensor(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box)))
+    return pixels.permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
 
 
-def resolve_item(item: Item, n_images: int) -> tuple[int, int, int, bool]:
-    """Turn a dataset item into (index, step, position, augment): a plain index has step 0 and no augmentation."""
-    if isinstance(item, tuple):
-        index, step, position = item
-        return range(n_images)[index], step, position, True
-    index = range(n_images)[item]
-    return index, 0, index, False
+def adm_image(image: Image.Image, size: int) -> Image.Image:
+    """The centre of an RGB image as guided-diffusion's evaluations take it (ADM, arXiv 2105.05233).
+
+    Halved by a box filter while its short side is at least twice `size`, scaled to it bicubically, cropped in the
+    centre: the images that published FID values of ImageNet refer to.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
-def drawn_flip(seed: int, step: int, position: int) -> bool:
-    """Whether the image at this address is mirrored, where mirroring is on."""
-    return uniform_number(seed, "flip", step, position) < 0.5
+def random_window(
+    size: tuple[int, int], scale: Sequence[float], ratio: Sequence[float], draw: Callable[[str], float]
+) -> tuple[int, int, int, int]:
+    """A window (left, top, right, bottom) of random area and shape in an image of `size` (width, height).
+
+    Args:
+        scale: Least and largest share of the image's area.
+        ratio: Least and largest width / height; log-uniform.
+        draw: Gives a number in [0, 1) for a name.
+    """
+    width, height = size
+    for i in range(10):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * draw(f"crop/area {i}"))
+        shape = ratio[0] * (ratio[1] / ratio[0]) ** draw(f"crop/ratio {i}")
+        w, h = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:  # an image so long that none fits: the largest window of an allowed shape
+        w, h = min(width, max(1, round(height * ratio[1]))), min(height, max(1, round(width / ratio[0])))
+    left, top = int(draw("crop/x") * (width - w + 1)), int(draw("crop/y") * (height - h + 1))
+    return left, top, left + w, top + h
 
 
 def digest(lines: Iterable[str]) -> str:
     """A short hexadecimal fingerprint of some lines of text."""
-    hasher = hashlib.blake2b(digest_size=8)
-    for line in lines:
-        hasher.update(os.fsencode(line) + b"\n")
-    return hasher.hexdigest()
+    return hashlib.blake2b(b"".join(os.fsencode(line) + b"\n" for line in lines), digest_size=8).hexdigest()
 
 
-class ImageFolderDataset(Dataset):
-    """Image files, scaled and cropped to a square.
+class ImageDataset(Dataset):
+    """Images of some source, scaled and cropped to a square.
+
+    A source is a subclass that says what its images are: `__len__`, `read`, `name`, `identity` and `content_probe`; and
+    `label`, where they have classes.
 
     An item is an index, served without augmentation, or `(index, step, position)`, whose flip and crop are drawn at
     that address (see `flextok.utils.random`). It gives a dict:
 
     - `image`: float32 [3, img_size, img_size] in [-1, 1].
-    - `index`: index of the image served. A file that cannot be read is replaced by the next one that can.
+    - `index`: index of the image served. One that cannot be read is replaced by the next that can.
     - `position`: place in the global batch; the index itself for a plain index.
-    - `flip`: whether the image is mirrored.
-    - `broken`: the files that were skipped to serve this item, each a BrokenFile.
+    - `view`: 1 for the mirrored image, or the number of the cached crop; else 0.
+    - `broken`: the images that were skipped to serve this item, each a BrokenFile.
 
     Args:
-        paths: Image files; at least one.
         img_size: Side of the square in pixels.
         flip: Mirror every other image, by address.
-        random_crop: Place the square by address along the longer side; else in the centre.
+        crop: `center`, the middle of the longer side; `adm`, the same as guided-diffusion scales it; `random`, a
+            place along the longer side, by address; `random_resized`, a window of random area and shape, by address.
+        crop_scale, crop_ratio: Area and shape of `random_resized` windows, see `random_window`.
+        cached_crops: Draw random crops from so many of each image, the same in every run, so that they can be cached.
         seed: The run's seed.
 
+    Attributes:
+        classes: Names of the classes that `label` counts; None if the images have none.
+
     Raises:
-        RuntimeError: On access, if no file of the dataset can be read.
+        NoReadableImage: On access, if no image can be read.
     """
+
+    classes: Sequence[str] | None = None
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
         img_size: int,
         flip: bool = False,
-        random_crop: bool = False,
+        crop: str = "center",
+        crop_scale: Sequence[float] = (0.8, 1.0),
+        crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+        cached_crops: int | None = None,
         seed: int = 0,
     ):
-        self.paths = [Path(path) for path in paths]
-        self.img_size, self.flip, self.random_crop, self.seed = img_size, flip, random_crop, seed
+        self.img_size, self.flip, self.crop, self.seed = img_size, flip, crop, seed
+        self.crop_scale, self.crop_ratio, self.cached_crops = crop_scale, crop_ratio, cached_crops
+
+    @property
+    def min_size(self) -> int | None:
+        """What `load_image` may scale a JPEG down to; None where every pixel counts."""
+        return self.img_size if self.crop in ("center", "random") else None
+
+    @property
+    def crop_identity(self) -> str:
+        """How images are scaled and cropped, for `identity`."""
+        others = {"adm": " adm", "random_resized": f" random_resized {[*self.crop_scale, *self.crop_ratio]}"}
+        cached = f" {self.cached_crops} of each{' or mirrored' if self.flip else ''}" if self.cached_crops else ""
+        return f"{self.img_size} {self.crop == 'random'}{others.get(self.crop, '')}{cached}"
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> Image.Image:
+        """An image in RGB, of any size; raises BrokenImage if it cannot be read."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What a person finds the image by, without reading it."""
+        raise NotImplementedError
+
+    def label(self, index: int) -> int | None:
+        """Class of an image, without reading it; None if it has none."""
+        return None
+
+    def identity(self) -> str:
+        """Fingerprint of what the dataset holds and how it is cropped; reads no image."""
+        raise NotImplementedError
+
+    def content_probe(self) -> str:
+        """Fingerprint of the content of some images, for what `identity` does not see."""
+        raise NotImplementedError
+
+    def __getitem__(self, item: Item) -> dict:
+        augment = isinstance(item, tuple)
+        index, step, position = item if augment else (item, 0, item)
+        first = range(len(self))[index]  # an IndexError ends a loop over the dataset
+        picture, index, broken = self._readable(first)
+        view = self.drawn_view(step, position) if augment else 0
+        if not augment:
+            image = self._square(picture)
+        elif self.cached_crops:
+            image = self._cached_crop(picture, index, view)
+        else:
+            image = self._square(picture, lambda name: uniform_number(self.seed, name, step, position))
+            image = image.flip(-1) if view else image
+        position = position if augment else first
+        return {"image": image, "index": index, "position": position, "view": view, "broken": broken}
+
+    def views(self, index: int) -> dict:
+        """An item as for a plain index, with all views of the image, [n_views, 3, img_size, img_size]."""
+        picture, served, broken = self._readable(index)
+        if self.cached_crops:
+            images = [self._cached_crop(picture, served, i) for i in range(self.cached_crops)]
+        else:
+            image = self._square(picture)
+            images = [image, image.flip(-1)][: self.n_views]
+        return {"image": torch.stack(images), "index": served, "position": index, "view": 0, "broken": broken}
+
+    @property
+    def n_views(self) -> int:
+        """How many different images one of the dataset can become, where random crops are cached or there are none."""
+        return self.cached_crops or (2 if self.flip else 1)
+
+    def drawn_view(self, step: int, position: int) -> int:
+        """Which view is served at an address: the number of the cached crop, or 1 for the mirrored image, else 0."""
+        if self.cached_crops:
+            return int(uniform_number(self.seed, "cached crop", step, position) * self.cached_crops)
+        return int(self.flip and uniform_number(self.seed, "flip", step, position) < 0.5)
+
+    def _readable(self, index: int) -> tuple[Image.Image, int, tuple[BrokenFile, ...]]:
+        """An image, or the next that can be read; its index; and those that cannot."""
+        broken: list[BrokenFile] = []
+        while len(broken) < len(self):
+            try:
+                return self.read(index), index, tuple(broken)
+            except BrokenImage as error:
+                broken.append(BrokenFile(self.name(index), error.reason, index))
+                index = (index + 1) % len(self)
+        raise NoReadableImage(
+            f"none of the {len(self)} images of the dataset can be read (the first, {broken[0].path}: "
+            f"{broken[0].reason}): check that data_path is still there and holds images"
+        )
+
+    def _cached_crop(self, picture: Image.Image, index: int, view: int) -> torch.Tensor:
+        """One of an image's crops that are drawn once, mirrored or not, whatever the run's seed."""
+        draw = lambda name: uniform_number(0, name, index, view)  # noqa: E731
+        image = self._square(picture, draw)
+        return image.flip(-1) if self.flip and draw("flip") < 0.5 else image
+
+    def _square(self, picture: Image.Image, draw: Callable[[str], float] | None = None) -> torch.Tensor:
+        """An image as [3, img_size, img_size]; without draws its random crops are of the centre."""
+        if self.crop == "adm":
+            picture = adm_image(picture, self.img_size)
+        elif self.crop == "random_resized" and draw is not None:
+            box = random_window(picture.size, self.crop_scale, self.crop_ratio, draw)
+            picture = picture.resize((self.img_size, self.img_size), Image.Resampling.BICUBIC, box=box)
+        place = draw("crop") if self.crop == "random" and draw is not None else 0.5
+        return image_to_tensor(picture, self.img_size, (place, place))
+
+
+class ImageFolderDataset(ImageDataset):
+    """Image files; the other arguments are those of ImageDataset.
+
+    Args:
+        labels: Class of each file; None: there are no classes.
+
+    Attributes:
+        paths: The files.
+        names: The same, relative to their common folder.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], img_size: int, labels: Sequence[int] | None = None, **settings):
+        super().__init__(img_size, **settings)
+        self.paths, self.labels = [Path(path) for path in paths], labels
         root = os.path.commonpath([path.parent for path in self.paths])
         self.names = [Path(os.path.relpath(path, root)).as_posix() for path in self.paths]
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, item: Item) -> dict:
-        first, step, position, augment = resolve_item(item, len(self))
-        index, picture, broken = self._read_from(first)
-        place = uniform_number(self.seed, "crop", step, position) if augment and self.random_crop else 0.5
-        flip = augment and self.flip and drawn_flip(self.seed, step, position)
-        image = image_to_tensor(picture, self.img_size, (place, place))
-        return {
-            "image": image.flip(-1) if flip else image,
-            "index": index,
-            "position": position,
-            "flip": flip,
-            "broken": broken,
-        }
+    def read(self, index: int) -> Image.Image:
+        return load_image(self.paths[index], self.min_size)
 
-    def _read_from(self, first: int) -> tuple[int, Image.Image, tuple[BrokenFile, ...]]:
-        """The first readable image at or after `first`, cyclically: (index, image, files skipped)."""
-        broken = []
-        for offset in range(len(self)):
-            index = (first + offset) % len(self)
-            try:
-                return index, load_image(self.paths[index], self.img_size), tuple(broken)
-            except BrokenImage as error:
-                broken.append(BrokenFile(str(error.path), error.reason))
-        raise NoReadableImage(
-            f"none of the {len(self)} images of the dataset can be read (the first, {broken[0].path}: "
-            f"{broken[0].reason}): check that data_path is still there and holds images"
-        )
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def label(self, index: int) -> int | None:
+        return None if self.labels is None else self.labels[index]
 
     def identity(self) -> str:
-        """Fingerprint of what the dataset holds: names and sizes of files, img_size, random_crop. Reads no file."""
-        settings = f"{self.img_size} {self.random_crop}"
-        files = zip(self.names, self.paths, strict=True)
-        return digest([settings, *(f"{name} {_file_size(path)}" for name, path in files)])
+        """Fingerprint of names and sizes of files, img_size and crop; a file that is gone has size -1."""
+        sizes = [path.stat().st_size if path.exists() else -1 for path in self.paths]
+        return digest([self.crop_identity, *map("{} {}".format, self.names, sizes)])
 
     def content_probe(self, n: int = 512) -> str:
         """Fingerprint of the first and last 4 kB of n files, evenly spread, beyond names and sizes."""
-        chosen = range(0, len(self), -(-len(self) // n))
-        return digest(hashlib.blake2b(_file_ends(self.paths[i]), digest_size=8).hexdigest() for i in chosen)
+        return probe(file_ends(path) for path in self.paths[:: -(-len(self) // n)])
 
 
-def _file_ends(path: Path, size: int = 4096) -> bytes:
+def probe(contents: Iterable[bytes]) -> str:
+    """Fingerprint of some contents."""
+    return digest(hashlib.blake2b(content, digest_size=8).hexdigest() for content in contents)
+
+
+def file_ends(path: str | Path, size: int = 4096) -> bytes:
     """The first and the last bytes of a file; nothing if it is gone."""
     try:
         with open(path, "rb") as file:
@@ -367,51 +492,37 @@ def _file_ends(path: Path, size: int = 4096) -> bytes:
         return b""
 
 
-def _file_size(path: Path) -> int:
-    """Bytes in a file, -1 if it is gone."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
-
-
-class ImagesInMemory(Dataset):
-    """Images kept in memory as uint8; items and their dicts are those of `ImageFolderDataset`.
-
-    `index` is always the one asked for, `broken` is empty.
+class ImagesInMemory(ImageDataset):
+    """Square images kept in memory as uint8.
 
     Args:
+        kind: What the images are, in a word.
         pixels: uint8 [N, S, S, 3].
         names: What each image is, N texts; with the size they are the set's identity.
-        flip: Mirror every other image, by address.
-        seed: Seed of the flips.
+        flip, seed: As for ImageDataset.
     """
 
-    kind: str  # what the images are, in a word
-
-    def __init__(self, pixels: np.ndarray, names: Sequence[str], flip: bool = False, seed: int = 0):
-        self.pixels, self.names, self.flip, self.seed = pixels, list(names), flip, seed
-        self.img_size = pixels.shape[1]
+    def __init__(self, kind: str, pixels: np.ndarray, names: Sequence[str], flip: bool = False, seed: int = 0):
+        super().__init__(pixels.shape[1], flip, seed=seed)
+        self.labels: Sequence[int] | None = None
+        self.kind, self.pixels, self.names = kind, pixels, list(names)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, item: Item) -> dict:
-        index, step, position, augment = resolve_item(item, len(self))
-        flip = augment and self.flip and drawn_flip(self.seed, step, position)
-        image = pixels_to_tensor(self.pixels[index])
-        return {
-            "image": image.flip(-1) if flip else image,
-            "index": index,
-            "position": position,
-            "flip": flip,
-            "broken": (),
-        }
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def label(self, index: int) -> int | None:
+        return None if self.labels is None else self.labels[index]
 
     def identity(self) -> str:
-        """Fingerprint of what the dataset holds: names and img_size."""
+        """Fingerprint of names and img_size."""
         return digest([f"{self.kind} {self.img_size}", *self.names])
 
     def content_probe(self) -> str:
         """Fingerprint of the pixels of the first images."""
-        return digest([hashlib.blake2b(self.pixels[:10].tobytes(), digest_size=8).hexdigest()])
+        return probe([self.pixels[:10].tobytes()])

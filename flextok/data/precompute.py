@@ -1,8 +1,8 @@
 """Values that frozen networks give for an image, computed once, before training: encoder features and VAE latents.
 
 They are computed for each training image and, where images are mirrored, for its mirror image (the features of a
-mirrored image are not the mirrored features). On disk they are a RecordCache; a PrecomputedDataset reads it batch by
-batch, in the loader's workers.
+mirrored image are not the mirrored features), or for `cache_crops` crops of it. On disk they are a RecordCache; a
+PrecomputedDataset reads it batch by batch, in the loader's workers.
 """
 
 import collections
@@ -25,7 +25,7 @@ from ..model.utils.repa_loss import load_encoder
 from ..utils.processes import from_first, is_distributed, rank
 from .batch import Batch, collate
 from .caching import FEATURES, LATENTS, CachePlan, feature_plans, fingerprint, latent_plans
-from .images import Item, drawn_flip
+from .images import Item
 from .loader import BatchLoader, BrokenFiles
 from .record_cache import CacheError, RecordCache, check_space, readable_size
 
@@ -42,7 +42,7 @@ class PrecomputedDataset(Dataset):
     image.
 
     Args:
-        dataset: ImageFolderDataset or one of those in memory.
+        dataset: An ImageDataset.
         caches: Complete caches by kind, `latents` and `features`.
         features_until, images_until: Steps from which they are not needed any more.
     """
@@ -67,7 +67,7 @@ class PrecomputedDataset(Dataset):
 
     def _resolve(self, index: int) -> int:
         for cache in self.caches.values():  # what could not be read when the cache was filled is not tried again
-            index = int(cache.resolve([index])[0])
+            index = cache.resolve(index)
         return index
 
     def __getitem__(self, item: Item) -> dict:
@@ -77,16 +77,16 @@ class PrecomputedDataset(Dataset):
         index = self._resolve(index)
         if step < self.images_until:
             return {**self.dataset[index, step, position], "step": step}
-        flip = self.dataset.flip and drawn_flip(self.dataset.seed, step, position)
-        return {"index": index, "position": position, "flip": flip, "broken": (), "step": step}
+        view = self.dataset.drawn_view(step, position)
+        return {"index": index, "position": position, "view": view, "broken": (), "step": step}
 
     def collate(self, items: Sequence[dict]) -> Batch:
         """Join items, with their cached values."""
-        batch, flips = collate(items), [item["flip"] for item in items]
+        batch, views = collate(items), [item["view"] for item in items]
         if LATENTS in self.caches:
-            batch.latents = self.caches[LATENTS].read(batch.index, flips)  # [B, 2, C, h, w]
+            batch.latents = self.caches[LATENTS].read(batch.index, views)  # [B, 2, C, h, w]
         if FEATURES in self.caches and items[0]["step"] < self.features_until:
-            batch.features = self.caches[FEATURES].read(batch.index, flips).permute(0, 3, 1, 2)  # [B, C, gh, gw]
+            batch.features = self.caches[FEATURES].read(batch.index, views).permute(0, 3, 1, 2)  # [B, C, gh, gw]
         return batch
 
     def _cached_features(self, indices: Sequence[int]) -> torch.Tensor:
@@ -113,19 +113,18 @@ def precompute(
     if not plans:
         return train, val
     caches = fill_caches(config, datasets, plans, model, device)
-    stop = config.repa_stop or math.inf
-    encoder_needs_images = config.use_repa and FEATURES not in caches
-    until = stop if encoder_needs_images else 0
+    features_until = config.repa_stop or math.inf
     if LATENTS not in caches:
-        until = math.inf
-    served = {
-        split: PrecomputedDataset(
-            dataset, {kind: by_split[split] for kind, by_split in caches.items()},
-            stop if split == "train" else math.inf, until if split == "train" or not until else math.inf,
-        )
-        for split, dataset in datasets.items()
-    }  # fmt: skip
-    return served["train"], served.get("val")
+        images_until = math.inf
+    else:
+        images_until = features_until if config.use_repa and FEATURES not in caches else 0
+
+    def served(split: str, features_until: float, images_until: float) -> PrecomputedDataset:
+        of_split = {kind: by_split[split] for kind, by_split in caches.items()}
+        return PrecomputedDataset(datasets[split], of_split, features_until, images_until)
+
+    train = served("train", features_until, images_until)
+    return train, served("val", math.inf, math.inf if images_until else 0) if val is not None else None
 
 
 def cache_plans(
@@ -145,13 +144,17 @@ def fill_caches(
     device: torch.device, batch_size: int | None = None,
 ) -> dict[str, dict[str, RecordCache]]:  # fmt: skip
     """Create what does not exist, compute what is missing, and open all caches for reading, by kind and split."""
-    every = [plan for by_split in plans.values() for plan in by_split.values()]
-    new = [plan for plan in every if plan.open() is None]
+    new = [plan for by_split in plans.values() for plan in by_split.values() if plan.open() is None]
     if new:
         check_space(new[0].folder, sum(plan.nbytes for plan in new))
-    caches = {}
+
+    def is_complete(plan: CachePlan) -> bool:
+        cache = plan.open()
+        return cache is not None and cache.complete
+
+    caches: dict[str, dict[str, RecordCache]] = {}
     for kind in plans:
-        if from_first(lambda kind=kind: all(plan.is_complete() for plan in plans[kind].values())):
+        if from_first(lambda kind=kind: all(map(is_complete, plans[kind].values()))):
             caches[kind] = {split: plan.open() for split, plan in plans[kind].items()}
             continue
         if kind == FEATURES:
@@ -159,26 +162,33 @@ def fill_caches(
             plans[kind] = feature_plans(config, datasets, device)  # now the weights are here, and in the key
         else:
             compute = latent_moments(model.to(device).vae)
-        caches[kind] = {}
-        for split, plan in plans[kind].items():
-            cache = caches[kind][split] = plan.open() or plan.create()
-            if not cache.complete:
-                cache.open_for_writing()
-                try:
+        caches[kind] = {split: plan.open() or plan.create() for split, plan in plans[kind].items()}
+        for split, cache in caches[kind].items():
+            try:
+                if not cache.complete:
                     fill(cache, datasets[split], compute, f"{kind}, {split}", batch_size or config.batch_size,
                          config.num_workers, device)  # fmt: skip
-                except OSError as error:
-                    raise CacheError(
-                        f"cannot write the cache in {plan.folder}: {error}. What is stored stays: make room, or set "
-                        "cache_dir to a folder on a larger disk, then start again"
-                    ) from error
-            n_unreadable = len(cache.unreadable())
-            if n_unreadable:
+            except OSError as error:
+                raise CacheError(
+                    f"cannot write the cache in {cache.folder}: {error}. What is stored stays: make room, or set "
+                    "cache_dir to a folder on a larger disk, then start again"
+                ) from error
+            if len(cache.unreadable()):
                 log.warning(
                     "%d images could not be read when this cache was filled, and others take their places: after a "
-                    "repair run python -m flextok.data.cache_features, which tries them again", n_unreadable,
+                    "repair run python -m flextok.data.cache_features, which tries them again", len(cache.unreadable()),
                 )  # fmt: skip
     return caches
+
+
+class Views(Dataset):
+    """All views of each image of a dataset."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> dict:
+        return self.dataset.views(index)
 
 
 class MissingBatches(Sampler):
@@ -228,12 +238,12 @@ def fill(
     Args:
         compute: Images [B, 3, H, W] in [-1, 1] -> values [B, *shape].
     """
+    cache.open_for_writing()
     broken, batches = BrokenFiles(len(dataset)), MissingBatches(cache, batch_size)
     loader = BatchLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
+        Views(dataset), batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
         pin_memory=device.type == "cuda", generator=torch.Generator(),
     )  # fmt: skip
-    numbers = {str(path): i for i, path in enumerate(getattr(dataset, "paths", ()))}
     dtype = getattr(torch, cache.dtype.name)
     limits = torch.finfo(dtype)
     done, flushed = 0, time.monotonic()
@@ -250,9 +260,9 @@ def fill(
             try:
                 for batch in loader:
                     broken.add(batch.broken)
-                    cache.mark_unreadable([numbers[file.path] for file in batch.broken])
+                    cache.mark_unreadable([file.index for file in batch.broken])
                     images = batch.images.to(device, non_blocking=True)
-                    values = [compute(images), compute(images.flip(-1))] if cache.flips > 1 else [compute(images)]
+                    values = [compute(view) for view in images.unbind(dim=1)]
                     cache.write(batch.index, torch.stack(values, dim=1).clamp(limits.min, limits.max).to(dtype))
                     done += 1
                     if time.monotonic() - flushed > FLUSH_SECONDS:

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +28,6 @@ META, RECORDS, DONE = "meta.json", "records.bin", "done.bin"
 MISSING, STORED, UNREADABLE = 0, 1, 2  # states of an image, bytes of done.bin
 
 RESERVE = 64 * 2**20  # bytes that a new cache leaves free on the disk
-FLUSH_BYTES = 256 * 2**20  # write() makes its records durable when so much is pending,
-FLUSH_SECONDS = 30.0  # or when the last flush is so long ago
 NO_SUPPORT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOLCK)  # file systems without locks, or reservation
 REMEDY = "use those settings again, or set cache_dir to another folder (or delete this one if nothing else uses it)"
 
@@ -55,47 +52,6 @@ def readable_size(n_bytes: float) -> str:
     while n_bytes >= 1e6 and len(units) > 1:
         n_bytes, units = n_bytes / 1000, units[1:]
     return f"{n_bytes / 1000:.1f} {units[0]}"
-
-
-def _describe(key: dict, n_images: int, flips: int, shape: Sequence[int], dtype: str) -> dict:
-    """What meta.json holds, as JSON gives it back; ValueError for what no cache can be of."""
-    if min(n_images, flips, *shape, 1) < 1:
-        raise ValueError(f"n_images is {n_images}, flips {flips}, shape {tuple(shape)}: each number must be at least 1")
-    if np.dtype(dtype).name not in ("float16", "float32", "float64"):
-        raise ValueError(f"dtype is {dtype}: expected float16, float32 or float64")
-    meta = {"format": FORMAT, "n_images": n_images, "flips": flips, "shape": list(shape), "dtype": np.dtype(dtype).name}
-    return json.loads(json.dumps({**meta, "key": key}))
-
-
-def _read_meta(folder: Path) -> dict | None:
-    """Content of meta.json, None without one; CacheError if it is not one of this format."""
-    path = folder / META
-    try:
-        meta = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CacheError(f"cannot read {path}: {error.strerror}: check cache_dir") from error
-    except ValueError:
-        meta = None
-    version = meta.get("format") if isinstance(meta, dict) else None
-    if isinstance(version, int) and version != FORMAT:
-        raise CacheError(f"the cache in {folder} has format {version}, expected {FORMAT}: {REMEDY}")
-    if version is None or not isinstance(meta.get("key"), dict) or not isinstance(meta.get("flips"), int):
-        raise CacheError(f"{path} is damaged or not of a cache: set cache_dir to another folder, or delete {folder}")
-    return meta
-
-
-def _differences(found: dict, asked: dict, optional: Collection[str]) -> list[str]:
-    """One text for each field in which a cache is not what is asked for; it may have more flips."""
-    fields = [(name, found.get(name), asked[name]) for name in ("n_images", "shape", "dtype")]
-    if found["flips"] < asked["flips"]:
-        fields.append(("flips", found["flips"], asked["flips"]))
-    for name in sorted(found["key"].keys() | asked["key"].keys()):
-        was, now = found["key"].get(name), asked["key"].get(name)
-        if name not in optional or (was is not None and now is not None):
-            fields.append((name, was, now))
-    return [f"{name} was {was!r}, now {now!r}" for name, was, now in fields if was != now]
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -143,8 +99,7 @@ class RecordCache:
     """Records of images: `flips` arrays of `shape` for each. Made by `open` or `create`.
 
     Any number of processes may read and write one cache. A record is there for other processes once its writer has
-    flushed; a process killed at any moment loses only what it had not flushed. Two processes that write the same image
-    at once, without a claim, leave values of either. Pickled, it is opened again by its path.
+    flushed; a process killed at any moment loses only what it had not flushed. Pickled, it is opened again by its path.
 
     Attributes:
         flips: Records per image in the files, which is what `write` takes; perhaps more than `open` was asked for.
@@ -163,10 +118,7 @@ class RecordCache:
         rows = (n_images * flips, math.prod(shape))
         self._records = np.asarray(np.memmap(folder / RECORDS, self.dtype, "r", shape=rows))
         self._done = np.asarray(np.memmap(folder / DONE, np.uint8, "r"))
-        if self._done.max() > UNREADABLE:
-            raise CacheError(f"{folder / DONE} is damaged: bytes above {UNREADABLE}: delete {folder} to start anew")
         self._pending = np.zeros(n_images, np.uint8)  # states that are not in done.bin yet
-        self._pending_bytes, self._last_flush = 0, time.monotonic()
         self._files: dict = {}  # opened for writing when first needed: a reader's folder may be read-only
 
     @classmethod
@@ -185,13 +137,32 @@ class RecordCache:
             CacheError: There is one that is damaged, or of other settings.
         """
         folder = Path(folder).expanduser().absolute()
-        asked, found = _describe(key, n_images, flips, shape, dtype), _read_meta(folder)
-        if found is None:
+        path = folder / META
+        try:
+            found = json.loads(path.read_bytes())
+            version, found_flips, found_key = found["format"], found["flips"], dict(found["key"])
+        except FileNotFoundError:
             return None
-        differences = _differences(found, asked, optional)
+        except OSError as error:
+            raise CacheError(f"cannot read {path}: {error.strerror}: check cache_dir") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise CacheError(
+                f"{path} is damaged or not of a cache: set cache_dir to another folder, or delete {folder}"
+            ) from error
+        if version != FORMAT:
+            raise CacheError(f"the cache in {folder} has format {version}, expected {FORMAT}: {REMEDY}")
+
+        asked = json.loads(json.dumps(key))
+        fields = [("n_images", found.get("n_images"), n_images), ("shape", found.get("shape"), list(shape))]
+        fields += [("dtype", found.get("dtype"), dtype), ("flips", found_flips, max(flips, found_flips))]
+        for name in sorted(found_key.keys() | asked.keys()):
+            was, now = found_key.get(name), asked.get(name)
+            if name not in optional or (was is not None and now is not None):
+                fields.append((name, was, now))
+        differences = [f"{name} was {was!r}, now {now!r}" for name, was, now in fields if was != now]
         if differences:
             raise CacheError(f"the cache in {folder} is of other settings: {'; '.join(differences)}: {REMEDY}")
-        return cls(folder, n_images, found["flips"], shape, dtype)
+        return cls(folder, n_images, found_flips, shape, dtype)
 
     @classmethod
     def create(
@@ -206,37 +177,40 @@ class RecordCache:
             CacheError: No room for it (checked before anything is written), the folder cannot be written, or it holds
                 a cache of other settings.
         """
-        arguments = (Path(folder).expanduser().absolute(), key, n_images, flips, shape, dtype)
-        cache = cls.open(*arguments, optional)
-        if cache is not None:
+        folder = Path(folder).expanduser().absolute()
+        arguments = (folder, key, n_images, flips, shape, dtype, optional)
+        if cache := cls.open(*arguments):
             return cache
-        folder, needed = arguments[0], cache_bytes(n_images, flips, shape, dtype)
+        needed = cache_bytes(n_images, flips, shape, dtype)
         check_space(folder, needed)
+        meta = {
+            "format": FORMAT,
+            "n_images": n_images,
+            "flips": flips,
+            "shape": list(shape),
+            "dtype": dtype,
+            "key": key,
+        }
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "create.lock", "ab") as lock:
                 _supported(fcntl.flock, lock, fcntl.LOCK_EX)
-                if _read_meta(folder) is None:
-                    cls._make_files(folder, _describe(*arguments[1:]))
-                return cls.open(*arguments, optional)
+                if not (folder / META).exists():
+                    try:
+                        _reserve(folder / RECORDS, needed - n_images)
+                        _reserve(folder / DONE, n_images)
+                        # With this the cache exists.
+                        write_atomically(folder / META, lambda path: path.write_text(json.dumps(meta, indent=2) + "\n"))
+                    except BaseException:
+                        for name in (META, RECORDS, DONE):
+                            (folder / name).unlink(missing_ok=True)
+                        raise
+                return cls.open(*arguments)
         except OSError as error:
             raise CacheError(
                 f"cannot make a cache of {readable_size(needed)} in {folder}: {error.strerror}: "
                 "make room or give write permission, or set cache_dir to another folder"
             ) from error
-
-    @staticmethod
-    def _make_files(folder: Path, meta: dict) -> None:
-        """Reserve the data, then write meta.json, with which the cache exists; leave nothing if that fails."""
-        n_images, flips, shape, dtype = (meta[name] for name in ("n_images", "flips", "shape", "dtype"))
-        try:
-            _reserve(folder / RECORDS, n_images * flips * record_bytes(shape, dtype))
-            _reserve(folder / DONE, n_images)
-            write_atomically(folder / META, lambda path: path.write_text(json.dumps(meta, indent=2) + "\n"))
-        except BaseException:
-            for name in (META, RECORDS, DONE):
-                (folder / name).unlink(missing_ok=True)
-            raise
 
     def __reduce__(self) -> tuple:
         return RecordCache, (self.folder, self.n_images, self.flips, self.shape, self.dtype.name)
@@ -246,21 +220,9 @@ class RecordCache:
         """Bytes on disk."""
         return cache_bytes(self.n_images, self.flips, self.shape, self.dtype)
 
-    def _check_indices(self, indices: Any) -> np.ndarray:
-        """Image indices as int64 [B]; IndexError for one outside 0 to n_images - 1."""
-        indices = np.atleast_1d(np.asarray(indices, dtype=np.int64))
-        outside = indices[(indices < 0) | (indices >= self.n_images)]
-        if outside.size:
-            raise IndexError(f"index {outside[0]}: the cache has {self.n_images} images, from 0")
-        return indices
-
     def _states(self, indices: Any = slice(None)) -> np.ndarray:
         done = self._done[indices]
         return np.where(done, done, self._pending[indices])
-
-    def stored(self, indices: Any) -> np.ndarray:
-        """Whether each image's records can be read, bool [B]."""
-        return self._states(self._check_indices(indices)) == STORED
 
     def missing(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Indices from start to stop - 1 of the images that are neither stored nor unreadable, ascending."""
@@ -270,50 +232,41 @@ class RecordCache:
     def complete(self) -> bool:
         return not self.missing().size
 
-    def resolve(self, indices: Any) -> np.ndarray:
-        """Replace each image marked as unreadable by the next that is not, cyclically, as ImageFolderDataset does.
+    def resolve(self, index: int) -> int:
+        """The image itself, or the next that is not marked as unreadable, cyclically, as ImageDataset takes it.
 
         Raises:
             NoReadableImage: All are marked.
         """
-        indices = self._check_indices(indices)
-        for _ in range(self.n_images):
-            unreadable = self._states(indices) == UNREADABLE
-            if not unreadable.any():
-                return indices
-            indices = np.where(unreadable, (indices + 1) % self.n_images, indices)
+        for offset in range(self.n_images):
+            candidate = (index + offset) % self.n_images
+            if self._states(candidate) != UNREADABLE:
+                return candidate
         raise NoReadableImage(
             f"none of the {self.n_images} images of the cache in {self.folder} could be read: check data_path, then "
             "delete this folder"
         )
 
-    def read(self, indices: Any, flips: Any = 0, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Copy records from the map into a new tensor [B, *shape], or into `out`, a contiguous one of that kind.
+    def read(self, indices: Any, flips: Any = 0) -> torch.Tensor:
+        """Copy records from the map into a new tensor [B, *shape].
 
         Args:
-            indices: Images [B].
+            indices: Images [B], each in 0 to n_images - 1.
             flips: Which record of each, 0 or 1, or False and True; [B] or one for all.
 
         Raises:
             KeyError: An image is not stored.
         """
-        indices = self._check_indices(indices)
+        indices, flips = np.asarray(indices, dtype=np.int64), np.asarray(flips, dtype=np.int64)
         absent = indices[self._states(indices) != STORED]
         if absent.size:
             raise KeyError(f"image {absent[0]} is not in the cache in {self.folder}")
-        flips = np.broadcast_to(np.asarray(flips, dtype=np.int64), indices.shape)
-        if ((flips < 0) | (flips >= self.flips)).any():
-            raise IndexError(f"flips has {flips.min()} to {flips.max()}: the cache has {self.flips} per image, from 0")
-        shape, dtype = (len(indices), *self.shape), getattr(torch, self.dtype.name)
-        if out is None:
-            out = torch.empty(shape, dtype=dtype)
-        elif tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
-            raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: expected a contiguous {dtype} {shape}")
+        out = torch.empty(len(indices), *self.shape, dtype=getattr(torch, self.dtype.name))
         rows = out.numpy().reshape(len(indices), self._records.shape[1])
         np.take(self._records, indices * self.flips + flips, axis=0, out=rows, mode="clip")  # "raise" would copy twice
         return out
 
-    def write(self, indices: Any, values: torch.Tensor | np.ndarray) -> None:
+    def write(self, indices: Any, values: torch.Tensor) -> None:
         """Write all records of some images; those that are stored or unreadable already are left as they are.
 
         Args:
@@ -324,29 +277,18 @@ class RecordCache:
             CacheError: Values are infinite or NaN, or the cache is read-only. Images before that one are written.
             OSError: The disk fails. What was flushed before stays readable.
         """
-        indices = self._check_indices(indices)
-        shape, dtype = (len(indices), self.flips, *self.shape), str(values.dtype).removeprefix("torch.")
-        if tuple(values.shape) != shape or dtype != self.dtype.name:
-            raise ValueError(f"values are {dtype} {tuple(values.shape)}: expected {self.dtype.name} {shape}")
-        if isinstance(values, torch.Tensor):
-            values = values.detach().cpu().numpy()
-        row = self.flips * self._records.shape[1]
-        for index, record in zip(indices, np.ascontiguousarray(values).reshape(len(indices), row)):
-            if self._states(index) == MISSING:
-                self._write_image(int(index), record)
-        if self._pending_bytes >= FLUSH_BYTES or time.monotonic() - self._last_flush >= FLUSH_SECONDS:
-            self.flush()
-
-    def _write_image(self, index: int, record: np.ndarray) -> None:
-        if not np.isfinite(record).all():
-            raise CacheError(
-                f"the values of image {index} are infinite or NaN in {self.dtype.name}, expected finite ones: it is "
-                "not stored; look at what computes them, e.g. with repa_encoder_dtype: fp32"
-            )
-        # Not through the map, where a full disk would be a signal that ends the process.
-        _write_at(self._file(RECORDS).fileno(), memoryview(record).cast("B"), index * self._image_bytes)
-        self._pending[index] = STORED
-        self._pending_bytes += self._image_bytes
+        rows = values.detach().cpu().contiguous().numpy().reshape(len(indices), self.flips * self._records.shape[1])
+        for index, record in zip(np.asarray(indices).tolist(), rows):
+            if self._states(index) != MISSING:
+                continue
+            if not np.isfinite(record).all():
+                raise CacheError(
+                    f"the values of image {index} are infinite or NaN in {self.dtype.name}, expected finite ones: it "
+                    "is not stored; look at what computes them, e.g. with repa_encoder_dtype: fp32"
+                )
+            # Not through the map, where a full disk would be a signal that ends the process.
+            _write_at(self._file(RECORDS).fileno(), memoryview(record).cast("B"), index * self._image_bytes)
+            self._pending[index] = STORED
 
     def unreadable(self) -> np.ndarray:
         """Indices of the images that are marked as unreadable, ascending."""
@@ -354,32 +296,31 @@ class RecordCache:
 
     def retry_unreadable(self) -> None:
         """Count the images that are marked as unreadable as missing again."""
-        self.flush()
         for index in self.unreadable():
             _write_at(self._file(DONE).fileno(), memoryview(bytes([MISSING])), int(index))
 
-    def mark_unreadable(self, indices: Any) -> None:
+    def mark_unreadable(self, indices: Sequence[int]) -> None:
         """Note that the files of these images cannot be read; other processes see it after a flush."""
-        indices = self._check_indices(indices)
-        self._pending[indices[self._states(indices) == MISSING]] = UNREADABLE
+        for index in indices:
+            if self._states(index) == MISSING:
+                self._pending[index] = UNREADABLE
 
     def flush(self) -> None:
         """Make the pending records durable, then mark them as stored.
 
         If that fails, they are not marked, now or later, and count as missing again.
         """
-        pending = self._pending.copy()
-        self._pending_bytes, self._last_flush = 0, time.monotonic()
-        if not pending.any():
+        pending = np.flatnonzero(self._pending)
+        if not pending.size:
             return
         try:
             _sync_data(self._file(RECORDS).fileno())
             done = self._file(DONE).fileno()
-            for index in np.flatnonzero((pending != MISSING) & (self._done != STORED)):
-                _write_at(done, memoryview(pending[index : index + 1]), int(index))
+            for index in pending[self._done[pending] != STORED]:
+                _write_at(done, memoryview(self._pending[index : index + 1]), int(index))
             _sync_data(done)
         finally:
-            self._pending[pending != MISSING] = MISSING  # last, so that what is being flushed can be read meanwhile
+            self._pending[pending] = MISSING  # last, so that what is being flushed can be read meanwhile
 
     def open_for_writing(self) -> None:
         """Raise CacheError now, rather than at the first write, if the cache is read-only."""
@@ -387,60 +328,37 @@ class RecordCache:
             self._file(name)
 
     def _file(self, name: str) -> Any:
-        """A file of the folder, unbuffered and writable, kept open until `close`."""
+        """A file of the folder, unbuffered and writable, kept open."""
         if name not in self._files:
             mode = os.O_RDWR | (os.O_CREAT if name == "claim.lock" else 0)
             try:
-                fd = os.open(self.folder / name, mode, 0o666)
+                self._files[name] = os.fdopen(os.open(self.folder / name, mode, 0o666), "r+b", buffering=0)
             except OSError as error:
                 raise CacheError(
                     f"cannot write to {self.folder / name}: {error.strerror}: give write permission, or set cache_dir "
                     "to another folder"
                 ) from error
-            self._files[name] = os.fdopen(fd, "r+b", buffering=0)
         return self._files[name]
 
     @contextmanager
-    def claim(self, start: int, stop: int, wait: bool = False) -> Iterator[bool]:
+    def claim(self, start: int, stop: int) -> Iterator[bool]:
         """Reserve the images start to stop - 1 for this process; gives whether it got them.
 
         For processes that fill a cache together: each claims a range, looks which images of it are missing now, and
         writes those. At the end the range is flushed and free again, as it is when the process is killed. Where the
         file system has no locks, every claim succeeds. Claims are of a process: its threads do not exclude each other,
-        and closing one cache object gives up those of another on the same folder.
-
-        Args:
-            wait: Wait until the range is free, rather than give False.
+        and it loses them all when another object on the same folder is freed.
         """
-        if not 0 <= start < stop <= self.n_images:
-            raise ValueError(f"start is {start}, stop {stop}: expected 0 <= start < stop <= {self.n_images}")
-        claimed = self._lock(fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), start, stop)
+        lock, place = self._file("claim.lock"), (stop - start, start)
         try:
-            yield claimed
+            _supported(fcntl.lockf, lock, fcntl.LOCK_EX | fcntl.LOCK_NB, *place)
+        except (BlockingIOError, PermissionError):  # another process has some of them: EAGAIN or EACCES, by file system
+            yield False
+            return
+        try:
+            yield True
         finally:
-            if claimed:
-                try:
-                    self.flush()
-                finally:
-                    self._lock(fcntl.LOCK_UN, start, stop)
-
-    def _lock(self, operation: int, start: int, stop: int) -> bool:
-        """Lock or unlock bytes of a file that serves for nothing else; False if another process has some of them.
-
-        A process loses its locks on a file as soon as it closes any handle of it.
-        """
-        try:
-            _supported(fcntl.lockf, self._file("claim.lock"), operation, stop - start, start)
-        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, by file system
-            return False
-        return True
-
-    def close(self) -> None:
-        """Flush, and give back the files and maps; the object cannot be used any more."""
-        try:
-            self.flush()
-        finally:
-            for file in self._files.values():
-                file.close()
-            self._files = {}
-            self._records = self._done = None
+            try:
+                self.flush()
+            finally:
+                _supported(fcntl.lockf, lock, fcntl.LOCK_UN, *place)

@@ -1,6 +1,7 @@
 """`python -m flextok.evaluation --checkpoint RUN --data FOLDER`: metrics, plots and a report of one model."""
 
 import argparse
+import dataclasses
 import logging
 import re
 from pathlib import Path
@@ -15,7 +16,8 @@ from .subjects import load_images, load_subject
 
 def add_options(parser: argparse.ArgumentParser, data_required: bool = True) -> None:
     """The options that an evaluation alone and an ablation share."""
-    parser.add_argument("--data", required=data_required, metavar="FOLDER", help="folder of images, or `photos`")
+    images = "folder, `digits`, `photos`, or a config file, of which the validation images"
+    parser.add_argument("--data", required=data_required, metavar="FOLDER", help=images)
     parser.add_argument("--n-images", type=int, metavar="N", help="images at most (default: all; photos: 256)")
     parser.add_argument("--tokens", metavar="K,K,...", help="token counts (default: powers of two up to the model's)")
     parser.add_argument("--encoder", metavar="NAME", help="for Frechet distance and CKNNA: any repa_encoder_type "
@@ -30,10 +32,11 @@ def add_options(parser: argparse.ArgumentParser, data_required: bool = True) -> 
     parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that load images")
     parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--fp32", action="store_true", help="no autocast")
+    parser.add_argument("--fp32", action="store_false", dest="use_amp", help="no autocast")
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
+    """How to evaluate, from the command line; raises ConfigError."""
     tokens = None
     if arguments.tokens is not None:
         if not re.fullmatch(r"\d+(,\d+)*", arguments.tokens):
@@ -43,13 +46,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    return Options(
-        tokens=tokens, seed=arguments.seed, batch_size=arguments.batch_size, num_workers=arguments.num_workers,
-        encoder=arguments.encoder, encoder_weights=arguments.encoder_weights,
-        encoder_image_size=arguments.encoder_image_size, inference_steps=arguments.inference_steps,
-        guidance_scale=arguments.guidance_scale, norm_guidance=arguments.norm_guidance,
-        device=str(chosen_device(arguments.device)), use_amp=not arguments.fp32,
-    )  # fmt: skip
+    given = {**vars(arguments), "tokens": tokens, "device": str(chosen_device(arguments.device))}
+    return Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
 
 
 def default_folder(checkpoint: str) -> Path:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..training.config import TrainConfig, load_config, parse_yaml
+from ..training.config import load_config, parse_yaml
 from ..utils.config import ConfigError
 from ..utils.errors import UserError, run_command
 from .__main__ import add_options, options_of
@@ -34,7 +34,6 @@ NAMED_ARMS = {
         "use_repa": True, "repa_projector": "conv", "repa_spatial_norm": True, "repa_project": "before_resize",
     },
 }  # fmt: skip
-CURVES = ("train/flow_loss", "train/repa_loss")  # and val/flow_loss, val/repa_loss
 
 
 def parse_arms(text: str) -> dict[str, dict[str, Any]]:
@@ -43,13 +42,12 @@ def parse_arms(text: str) -> dict[str, dict[str, Any]]:
     Settings of REPA (`repa_...`) without `use_repa` switch it on.
 
     Raises:
-        ConfigError: An unknown arm, a setting that is no KEY=VALUE, a name given twice, or fewer than one arm.
+        ConfigError: An unknown arm, or a name given twice.
     """
     arms: dict[str, dict[str, Any]] = {}
-    for part in re.split(r",(?![^\[]*\])", text):  # commas within [ ] belong to a value
-        name, _, settings = (
-            part.strip().rpartition(":") if re.match(r"[\w.-]+:[\w.]+=", part.strip()) else ("", "", part.strip())
-        )
+    for part in map(str.strip, re.split(r",(?![^\[]*\])", text)):  # commas within [ ] belong to a value
+        named = re.fullmatch(r"([\w.-]+):([\w.]+=.*)", part)
+        name, settings = named.groups() if named else (part, part)
         if settings in NAMED_ARMS:
             overrides = dict(NAMED_ARMS[settings])
         elif "=" in settings:
@@ -61,113 +59,68 @@ def parse_arms(text: str) -> dict[str, dict[str, Any]]:
             raise ConfigError(
                 f"--arms: {part!r} is neither {', '.join(NAMED_ARMS)} nor KEY=VALUE (several: KEY=VALUE+KEY=VALUE)"
             )
-        name = name or settings
         if name in arms:
             raise ConfigError(f"--arms: {name!r} is given twice")
         arms[name] = overrides
     return arms
 
 
-class Ablation:
-    """Runs the arms and gathers what they gave.
+def run_arm(config: Path, overrides: list[str], seed: int, evaluation: list[str], folder: Path) -> dict:
+    """Train one arm with one seed and evaluate it, as far as that is not done; what the report needs of it.
 
     Args:
         config: The YAML file that all arms share.
-        overrides: Settings KEY=VALUE for all arms.
+        overrides: Settings KEY=VALUE of the arm, the seed included.
         evaluation: Arguments of `python -m flextok.evaluation`, without checkpoint and output.
+        folder: Of this arm and seed.
     """
+    about = {"settings": load_config(config, overrides).to_dict(), "evaluation": evaluation}
+    finished = read_json(folder / "arm.json")
+    if finished is not None and finished.pop("about", None) == about:
+        log.info("%s: finished already", folder)
+        return finished
+    stored = read_json(folder / "about.json")
+    if stored is not None and stored["settings"] != about["settings"]:
+        raise ConfigError(f"{folder} holds an arm of other settings: give another --output, or delete it")
+    write_json(folder / "about.json", about)
+    log.info("%s: training", folder)
+    train = [str(TRAINER), "--config", str(config), "--run-dir", str(folder / "run"), "--resume", "latest"]
+    run_python([*train, *(f"--set={override}" for override in overrides)], folder / "train.log", folder / "cost.json")
+    log.info("%s: evaluation", folder)
+    evaluate = ["-m", "flextok.evaluation", "--checkpoint", str(folder / "run")]
+    run_python([*evaluate, "--output", str(folder / "evaluation"), *evaluation], folder / "evaluation.log")
+    results = read_json(folder / "evaluation" / "results.json")
+    curves, cost = read_curves(folder / "run" / "metrics.jsonl"), read_json(folder / "cost.json")
+    arm = {"seed": seed, "results": results, "curves": curves, **cost}
+    write_json(folder / "arm.json", {**arm, "about": about})
+    return arm
 
-    def __init__(
-        self, config: Path, arms: dict[str, dict[str, Any]], seeds: list[int], overrides: list[str],
-        evaluation: list[str], folder: Path,
-    ):  # fmt: skip
-        self.config, self.arms, self.seeds, self.overrides = config, arms, seeds, overrides
-        self.evaluation, self.folder = evaluation, folder
-        for name in arms:  # every arm is checked before the first one trains
-            for seed in seeds:
-                self._config(name, seed)
 
-    def _overrides(self, name: str, seed: int) -> list[str]:
-        settings = {**self.arms[name], "seed": seed, "use_wandb": False}
-        return [*self.overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
+def run_python(arguments: list[str], output: Path, cost_file: Path | None = None) -> None:
+    """Run Python in a process of its own; its seconds and peak memory are added to what `cost_file` holds.
 
-    def _config(self, name: str, seed: int) -> TrainConfig:
+    Raises:
+        UserError: It fails; with the last line of its output.
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TRAINER.parent), os.environ.get("PYTHONPATH", "")])}
+    cost = cost_file and read_json(cost_file) or {"seconds": 0.0, "peak_memory_bytes": 0}
+    start = time.perf_counter()
+    with open(output, "ab") as file:
+        process = subprocess.Popen([sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, env=env)
         try:
-            return load_config(self.config, self._overrides(name, seed))
-        except ConfigError as error:
-            raise ConfigError(f"arm {name!r}: {error}") from error
-
-    def run(self) -> dict:
-        result = {"format": 1, "config": str(self.config), "arms": [], "notes": []}
-        for name, overrides in self.arms.items():
-            runs = [self._run_arm(name, seed) for seed in self.seeds]
-            result["arms"].append({"name": name, "overrides": overrides, "runs": runs})
-        write_json(self.folder / "ablation.json", result)
-        return result
-
-    def _run_arm(self, name: str, seed: int) -> dict:
-        folder = self.folder / re.sub(r"[^\w.=-]+", "_", name) / f"seed{seed}"
-        about = {"settings": self._config(name, seed).to_dict(), "evaluation": self.evaluation}
-        finished = read_json(folder / "arm.json")
-        if finished is not None and finished.pop("about", None) == about:
-            log.info("%s, seed %d: finished already", name, seed)
-            return finished
-        stored = read_json(folder / "about.json")
-        if stored is not None and stored["settings"] != about["settings"]:
-            raise ConfigError(f"{folder} holds an arm of other settings: give another --output, or delete it")
-        write_json(folder / "about.json", about)
-        log.info("%s, seed %d: training in %s", name, seed, folder / "run")
-        train = [str(TRAINER), "--config", str(self.config), "--run-dir", str(folder / "run"), "--resume", "latest"]
-        for override in self._overrides(name, seed):
-            train += ["--set", override]
-        cost = self._call(train, folder / "train.log", folder / "cost.json")
-        log.info("%s, seed %d: evaluation", name, seed)
-        evaluate = [
-            "-m",
-            "flextok.evaluation",
-            "--checkpoint",
-            str(folder / "run"),
-            "--output",
-            str(folder / "evaluation"),
-        ]
-        self._call([*evaluate, *self.evaluation], folder / "evaluation.log")
-        results = read_json(folder / "evaluation" / "results.json")
-        grids = {grid: str(folder / "evaluation" / path) for grid, path in results["grids"].items()}
-        arm = {
-            "seed": seed,
-            "results": results,
-            "curves": read_curves(folder / "run" / "metrics.jsonl"),
-            "grids": grids,
-            **cost,
-        }
-        write_json(folder / "arm.json", {**arm, "about": about})
-        return arm
-
-    def _call(self, arguments: list[str], output: Path, cost_file: Path | None = None) -> dict:
-        """Run Python in a process of its own: seconds and peak memory, summed over the times it was started."""
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TRAINER.parent), os.environ.get("PYTHONPATH", "")])}
-        start, usage = time.perf_counter(), None
-        with open(output, "ab") as file:
-            process = subprocess.Popen([sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, env=env)
-            try:
-                _, status, usage = os.wait4(process.pid, 0)
-                process.returncode = os.waitstatus_to_exitcode(status)
-            finally:
-                if usage is None:
-                    process.kill()
-                    process.wait()
-                cost = {"seconds": time.perf_counter() - start, "peak_memory_bytes": 0}
-                if usage is not None:
-                    cost["peak_memory_bytes"] = usage.ru_maxrss * 1024
-                if cost_file is not None:
-                    earlier = read_json(cost_file) or {"seconds": 0.0, "peak_memory_bytes": 0}
-                    cost["seconds"] += earlier["seconds"]
-                    cost["peak_memory_bytes"] = max(cost["peak_memory_bytes"], earlier["peak_memory_bytes"])
-                    write_json(cost_file, cost)
-        if process.returncode != 0:
-            last = output.read_text(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"{' '.join(arguments[:3])} ended with {process.returncode}: {' '.join(last)} ({output})")
-        return cost
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            cost["peak_memory_bytes"] = max(cost["peak_memory_bytes"], usage.ru_maxrss * 1024)
+        finally:  # also when interrupted: the time counts, and the process ends
+            if process.returncode is None:
+                process.kill()
+                process.wait()
+            cost["seconds"] += time.perf_counter() - start
+            if cost_file is not None:
+                write_json(cost_file, cost)
+    if process.returncode != 0:
+        last = output.read_text(errors="replace").strip().splitlines()[-1:]
+        raise UserError(f"{' '.join(arguments[:3])} ended with {process.returncode}: {' '.join(last)} ({output})")
 
 
 def read_curves(path: Path) -> dict:
@@ -175,19 +128,16 @@ def read_curves(path: Path) -> dict:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [record for record in records if "train/flow_loss" in record]
     curves: dict[str, Any] = {"step": [record["step"] for record in steps]}
-    for name in CURVES:
-        curves[name] = [record.get(name) for record in steps]
-        validation = name.replace("train/", "val/")
-        curves[validation] = [[r["step"], r[validation]] for r in records if r.get(validation) is not None]
+    for name in ("flow_loss", "repa_loss"):
+        curves[f"train/{name}"] = [record.get(f"train/{name}") for record in steps]
+        validation = [(record["step"], record.get(f"val/{name}")) for record in records]
+        curves[f"val/{name}"] = [[step, value] for step, value in validation if value is not None]
     return curves
 
 
-def parse_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and those among them that are for the evaluation."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flextok.evaluation.ablation",
-        description="Train and evaluate the arms of a comparison, and write one report.",
-    )
+def own_parser(**options) -> argparse.ArgumentParser:
+    """The options that an evaluation does not have."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, **options)
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file that all arms share")
     parser.add_argument("--arms", default="baseline,repa", metavar="ARM,ARM,...",
                         help="baseline, repa, irepa, or settings such as repa_stop=500 or "
@@ -196,42 +146,49 @@ def parse_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="a setting for all arms; repeatable")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: ablation/NAME of the config")
-    add_options(parser, data_required=False)
-    arguments = parser.parse_args(argv)
-    if arguments.seeds < 1:
-        raise ConfigError(f"--seeds is {arguments.seeds}, expected at least 1")
-    options_of(arguments)
-    given = argparse.ArgumentParser(add_help=False)
-    add_options(given, data_required=False)
-    return arguments, _as_arguments(given.parse_known_args(argv)[0])
-
-
-def _as_arguments(options: argparse.Namespace) -> list[str]:
-    """What was given, as a command line."""
-    result = []
-    for name, value in sorted(vars(options).items()):
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            result.append(flag)
-        elif value is False and name == "norm_guidance":
-            result.append("--no-norm-guidance")
-        elif value not in (None, False):
-            result += [flag, str(value)]
-    return result
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments, evaluation = parse_command_line(argv)
+    parser = own_parser(
+        prog="python -m flextok.evaluation.ablation",
+        description="Train and evaluate the arms of a comparison, and write one report.",
+    )
+    add_options(parser, data_required=False)
+    arguments = parser.parse_args(argv)
+    evaluation = own_parser(add_help=False).parse_known_args(argv)[1]  # what is left is for the evaluation
+    options_of(arguments)  # refuses what is wrong before anything is trained
+    if arguments.seeds < 1:
+        raise ConfigError(f"--seeds is {arguments.seeds}, expected at least 1")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.data is None:
         if config.dataset_name not in ("digits", "photos"):
-            raise ConfigError("--data is missing: a folder of images that no arm was trained on")
+            raise ConfigError(f"--data is missing: images that no arm was trained on, e.g. --data {arguments.config}")
         evaluation += ["--data", config.dataset_name]
     folder = arguments.output or Path("ablation", arguments.config.stem)
+
     arms = parse_arms(arguments.arms)
-    ablation = Ablation(
-        arguments.config, arms, list(range(arguments.seeds)), arguments.overrides, evaluation, folder
-    ).run()
+    overrides = {}
+    for name, settings in arms.items():
+        for seed in range(arguments.seeds):
+            changes = {**settings, "seed": seed, "use_wandb": False}
+            overrides[name, seed] = [*arguments.overrides, *(f"{key}={json.dumps(v)}" for key, v in changes.items())]
+            try:
+                load_config(arguments.config, overrides[name, seed])
+            except ConfigError as error:
+                raise ConfigError(f"arm {name!r}: {error}") from error
+
+    ablation: dict[str, Any] = {"format": 1, "config": str(arguments.config), "arms": [], "notes": []}
+    for name, settings in arms.items():
+        runs = []
+        for seed in range(arguments.seeds):
+            place = Path(re.sub(r"[^\w.=-]+", "_", name), f"seed{seed}")
+            run = run_arm(arguments.config, overrides[name, seed], seed, evaluation, folder / place)
+            grids = run["results"]["grids"]
+            run["grids"] = {grid: str(place / "evaluation" / path) for grid, path in grids.items()}
+            runs.append(run)
+        ablation["arms"].append({"name": name, "overrides": settings, "runs": runs})
+    write_json(folder / "ablation.json", ablation)
     print(console_table(ablation))
     print(f"\n  report   {write_ablation_report(ablation, folder)}")
 

@@ -23,10 +23,10 @@ from ..utils.config import ConfigError
 from ..utils.dtypes import autocast_dtype, faster_in_bf16, precision
 from ..utils.errors import UserError
 from ..utils.files import write_atomically
-from ..utils.modules import evaluating
+from ..utils.modules import count_parameters, evaluating
 from ..utils.random import RANDOM_KEY, BatchRandom
 from . import metrics
-from .representation import cknna, knn_accuracy, linear_probe_accuracy
+from .representation import cknna, probe_accuracy
 from .subjects import ImageSet, Subject
 from .tokens import code_statistics, first_tokens_silhouette
 
@@ -67,7 +67,8 @@ class Options:
 class Evaluator:
     """One evaluation; `run()` gives its results and leaves them in a folder, from which a stopped one goes on.
 
-    Every random draw is a function of (seed, index of the image), whatever the batch size and the token count.
+    Every random draw is a function of (seed, index of the image), whatever the batch size and the token count. Encoded
+    images are a dict of tensors on the CPU, one row per image.
 
     Args:
         folder: Where results, parts and grids go.
@@ -79,42 +80,42 @@ class Evaluator:
         self.model = subject.model.to(self.device).eval()
         faster = self.device.type == "cuda" or faster_in_bf16(self.device, 1024, 1024)
         self.dtype = autocast_dtype(self.device) if options.use_amp and faster else None
-        n_max, trained = self.model.n_registers, subject.config
-        self.tokens = sorted(set(options.tokens or _powers_of_two(n_max)))
+        n_max = self.model.n_registers
+        powers = [2**i for i in range(n_max.bit_length())]
+        self.tokens = sorted(set(options.tokens or [*powers, n_max]))
         if not 1 <= self.tokens[0] <= self.tokens[-1] <= n_max:
             raise ConfigError(f"--tokens is {self.tokens}, but the model has 1 to {n_max} tokens")
 
         def choose(given, setting: str, default):
-            return given if given is not None else getattr(trained, setting, default)
+            return given if given is not None else getattr(subject.config, setting, default)
 
         self.sampler = dict(
             timesteps=choose(options.inference_steps, "inference_steps", 25),
             guidance_scale=choose(options.guidance_scale, "guidance_scale", 7.5),
             perform_norm_guidance=choose(options.norm_guidance, "perform_norm_guidance", True),
         )
+        modules = dict(self.model.decoder.module_dict)
+        self.transformer, self.unpacker = modules["dec_transformer"], modules.get("dec_repa_unpacker")
         self.skipped: dict[str, str] = {}
         self.broken = BrokenFiles(len(images))
-        self.encoder = self._load_encoder()
-        self.lpips = self._or_skip("lpips", metrics.load_lpips)
-        self.inception = self._or_skip("rfid", metrics.load_inception)
+        self.encoder = self.load_encoder()
+        self.lpips = self.or_skip("lpips", metrics.load_lpips)
+        self.inception = self.or_skip("rfid", metrics.load_inception)
 
-    # ------------------------------------------------------------------------------------------------------- set-up
-
-    def _load_encoder(self) -> FrozenEncoder:
+    def load_encoder(self) -> FrozenEncoder:
         options, dtype = self.options, encoder_dtype("auto", self.device)
         arguments = dict(weights=options.encoder_weights, image_size=options.encoder_image_size, dtype=dtype)
-        if options.encoder is not None:
-            return load_encoder(options.encoder, **arguments).to(self.device)
         try:
-            return load_encoder("dinov2_vitl14", **arguments).to(self.device)
+            return load_encoder(options.encoder or "dinov2_vitl14", **arguments).to(self.device)
         except UserError as error:
-            log.warning(
-                "dinov2_vitl14 cannot be had (%s): %s is used instead", str(error).split("\n")[0], FALLBACK_ENCODER
-            )
-            self.skipped["fd with dinov2_vitl14"] = f"{str(error).splitlines()[0]} {FALLBACK_ENCODER} is used instead."
+            if options.encoder is not None:
+                raise
+            reason = str(error).splitlines()[0]
+            log.warning("dinov2_vitl14 cannot be had (%s): %s is used instead", reason, FALLBACK_ENCODER)
+            self.skipped["fd with dinov2_vitl14"] = f"{reason} {FALLBACK_ENCODER} is used instead."
             return load_encoder(FALLBACK_ENCODER, dtype=dtype).to(self.device)
 
-    def _or_skip(self, name: str, load: Callable):
+    def or_skip(self, name: str, load: Callable):
         try:
             return load(self.device)
         except metrics.MetricUnavailable as error:
@@ -122,8 +123,47 @@ class Evaluator:
             log.warning("%s is skipped: %s", name, error)
             return None
 
+    # ---------------------------------------------------------------------------------------------------------- run
+
+    def run(self) -> dict:
+        start = time.perf_counter()
+        settings = self.settings()
+        parts = self.folder / "parts"
+        if read_json(parts / "settings.json") != settings:
+            for file in parts.glob("*"):
+                file.unlink()
+            write_json(parts / "settings.json", settings)
+        with torch.no_grad(), evaluating(self.model):
+            encoded = self.encode(self.images)
+            self.look_at_originals()
+            rows = {}
+            for k in (VAE, *self.tokens):
+                try:
+                    rows[str(k)] = self.part(parts / f"{k}.json", lambda k=k: self.reconstruct(k, encoded))
+                except ValueError as error:  # of a metric: images that are not finite, or too small for it
+                    raise UserError(f"{'VAE' if k == VAE else f'{k} tokens'}: {error}") from error
+            reconstruction = {k: row["metrics"] for k, row in rows.items()}
+            psnr = {k: reconstruction[str(k)]["psnr"]["value"] for k in self.tokens}
+            results = {
+                "format": FORMAT,
+                "about": self.about(settings),
+                "reconstruction": reconstruction,
+                "skipped": self.skipped,
+                "alignment": self.part(parts / "alignment.json", lambda: self.alignment(encoded)),
+                "probes": self.part(parts / "probes.json", lambda: self.probes(encoded)),
+                "codes": self.codes(encoded),
+                "tokens_warning": tokens_warning(encoded["tokens"], psnr),
+                "grids": self.save_grids(rows[str(self.tokens[-1])]["psnr"], encoded),
+                "cost": {
+                    "seconds": time.perf_counter() - start,
+                    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                },
+            }
+        write_json(self.folder / "results.json", results)
+        return results
+
     def settings(self) -> dict:
-        """What the numbers depend on; parts of an evaluation with others are not gone on with."""
+        """What the numbers depend on: an evaluation with others starts afresh."""
         state = self.model.state_dict()
         return {
             "format": FORMAT,
@@ -140,47 +180,19 @@ class Evaluator:
             **self.sampler,
         }
 
-    # ---------------------------------------------------------------------------------------------------------- run
+    def about(self, settings: dict) -> dict:
+        millions = [count_parameters(part) / 1e6 for part in (self.model.encoder, self.model.decoder)]
+        return {
+            **{key: value for key, value in settings.items() if key not in ("format", "weights", "images", "skipped")},
+            "inference_steps": self.sampler["timesteps"],
+            "model": f"encoder {millions[0]:.1f} M, decoder {millions[1]:.1f} M parameters, "
+            f"{self.model.n_registers} tokens of {self.model.regularizer.codebook_size} codes",
+            "averaged_weights": self.subject.averaged,
+            "device": str(self.device),
+            "date": datetime.date.today().isoformat(),
+        }
 
-    def run(self) -> dict:
-        start = time.perf_counter()
-        settings = self.settings()
-        parts = self.folder / "parts"
-        if read_json(parts / "settings.json") != settings:
-            for file in parts.glob("*"):
-                file.unlink()
-            parts.mkdir(parents=True, exist_ok=True)
-            write_json(parts / "settings.json", settings)
-        with torch.no_grad(), evaluating(self.model):
-            encoded = self._encode(self.images)
-            originals = self._original_features()
-            rows = {}
-            for k in (VAE, *self.tokens):
-                try:
-                    rows[str(k)] = self._part(parts / f"{k}.json", lambda k=k: self._reconstruct(k, encoded, originals))
-                except ValueError as error:  # of a metric: images that are not finite, or too small for it
-                    raise UserError(f"{'VAE' if k == VAE else f'{k} tokens'}: {error}") from error
-            results = {
-                "format": FORMAT,
-                "about": self._about(settings),
-                "reconstruction": {k: row["metrics"] for k, row in rows.items()},
-                "skipped": self.skipped,
-                "alignment": self._part(parts / "alignment.json", lambda: self._alignment(encoded)),
-                "probes": self._part(parts / "probes.json", lambda: self._probes(encoded)),
-                "codes": self._codes(encoded),
-                "tokens_warning": tokens_warning(
-                    encoded["tokens"], {k: rows[str(k)]["metrics"]["psnr"]["value"] for k in self.tokens}
-                ),
-                "grids": self._grids(rows[str(self.tokens[-1])]["psnr"], encoded),
-                "cost": {
-                    "seconds": time.perf_counter() - start,
-                    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                },
-            }
-        write_json(self.folder / "results.json", results)
-        return results
-
-    def _part(self, file: Path, compute: Callable[[], dict | None]) -> dict | None:
+    def part(self, file: Path, compute: Callable[[], dict | None]) -> dict | None:
         """What `compute` gives, and notes as skipped, from its file if an earlier run got that far."""
         stored = read_json(file)
         if stored is None:
@@ -192,90 +204,77 @@ class Evaluator:
         self.skipped.update(stored["skipped"])
         return stored["value"]
 
-    def _about(self, settings: dict) -> dict:
-        encoder, decoder = self.model.encoder, self.model.decoder
-        count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6  # noqa: E731
-        return {
-            **{key: value for key, value in settings.items() if key not in ("format", "weights", "images", "skipped")},
-            "inference_steps": self.sampler["timesteps"],
-            "model": f"encoder {count(encoder):.1f} M, decoder {count(decoder):.1f} M parameters, "
-            f"{self.model.n_registers} tokens of {self.model.regularizer.codebook_size} codes",
-            "averaged_weights": self.subject.averaged,
-            "device": str(self.device),
-            "date": datetime.date.today().isoformat(),
-        }
-
     # ----------------------------------------------------------------------------------------------- reconstruction
 
-    def _batches(self, images: ImageSet, text: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(indices, images on the device) of a set, in order."""
+    def batches(self, images: ImageSet, text: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(indices [B], images [B, 3, H, W] on the device) of a set, in order."""
         options = self.options
         loader = BatchLoader(images.dataset, options.batch_size, num_workers=options.num_workers, collate_fn=collate)
         for batch in tqdm(loader, desc=text, unit="batch", leave=False, dynamic_ncols=True):
             self.broken.add(batch.broken)
             yield batch.position, batch.images.to(self.device)
 
-    def _autocast(self):
-        return precision(self.device, self.dtype)
-
-    def _random(self, indices: torch.Tensor) -> BatchRandom:
+    def random(self, indices: torch.Tensor) -> BatchRandom:
         return BatchRandom(self.options.seed, 0, indices.to(self.device), len(self.images))
 
-    def _encode(self, images: ImageSet) -> dict[str, torch.Tensor]:
-        """Latents [N, C, h, w], tokens [N, L] and quantised registers [N, L, c] of a set, on the CPU."""
+    def encode(self, images: ImageSet) -> dict[str, torch.Tensor]:
+        """Latents [N, C, h, w], tokens [N, L] and quantised registers [N, L, c] of a set."""
         vae, regularizer = self.model.vae, self.model.regularizer
-        parts: dict[str, list] = {"latents": [], "tokens": [], "quants": []}
-        for indices, batch in self._batches(images, "encode"):
-            with self._autocast():
-                data = self.model.encode({vae.images_read_key: batch, RANDOM_KEY: self._random(indices)})
-            keys = (vae.vae_latents_write_key, regularizer.tokens_write_key, regularizer.quants_write_key)
-            for part, key in zip(parts.values(), keys):
-                part.append(data[key].float().cpu() if data[key].is_floating_point() else data[key].cpu())
-        return {name: torch.cat(values) for name, values in parts.items()}
+        latents, tokens, quants = [], [], []
+        for indices, batch in self.batches(images, "encode"):
+            with precision(self.device, self.dtype):
+                data = self.model.encode({vae.images_read_key: batch, RANDOM_KEY: self.random(indices)})
+            latents.append(data[vae.vae_latents_write_key].float().cpu())
+            tokens.append(data[regularizer.tokens_write_key].cpu())
+            quants.append(data[regularizer.quants_write_key].float().cpu())
+        return {"latents": torch.cat(latents), "tokens": torch.cat(tokens), "quants": torch.cat(quants)}
 
-    def _decode(self, k, indices: torch.Tensor, encoded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, k, indices: torch.Tensor, encoded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images in [-1, 1] and latents from the first k tokens; from the latents themselves if k is VAE."""
         vae, pipeline = self.model.vae, self.model.pipeline
         latents = encoded["latents"][indices].to(self.device)
-        with self._autocast():
+        with precision(self.device, self.dtype):
             if k == VAE:
-                images = vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key]
-                return images.clamp(-1, 1), latents
-            data = {
-                self.model.regularizer.tokens_write_key: encoded["tokens"][indices, :k],
-                pipeline.noise_read_key: self._random(indices).normal("evaluation", latents.shape[1:]),
-            }
-            data = self.model.decode(data, **self.sampler)
+                data = {**vae.decode({vae.vae_latents_read_key: latents}), pipeline.reconst_write_key: latents}
+            else:
+                data = {
+                    self.model.regularizer.tokens_write_key: encoded["tokens"][indices, :k],
+                    pipeline.noise_read_key: self.random(indices).normal("evaluation", latents.shape[1:]),
+                }
+                data = self.model.decode(data, **self.sampler)
         return data[vae.images_reconst_write_key].float().clamp(-1, 1), data[pipeline.reconst_write_key].float()
 
-    def _pooled(self, images: torch.Tensor) -> torch.Tensor:
-        """The encoder's features, mean over positions: float64 [B, C]."""
-        return metrics.pooled_features(self.encoder(images).double())
-
-    def _original_features(self) -> dict[str, metrics.FeatureStatistics]:
-        """Statistics of the originals' features, which every token count is compared with."""
-        statistics = {"fd": metrics.FeatureStatistics(self.encoder.dim)}
+    def frechet_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features [B, C], on the CPU, by the Frechet distance on them; the encoder's are means over positions."""
+        features = {"fd": self.encoder(images).double().mean((2, 3)).cpu()}
         if self.inception is not None:
-            statistics["rfid"] = metrics.FeatureStatistics(metrics.INCEPTION_DIM)
+            features["rfid"] = self.inception(images).cpu()
+        return features
+
+    def look_at_originals(self) -> None:
+        """Leave the originals' statistics in `frechet`, which every token count is compared with, and their features
+        in `encoder_features`, for CKNNA."""
+        self.frechet = {"fd": metrics.frechet_distance(self.encoder.dim)}
+        if self.inception is not None:
+            self.frechet["rfid"] = metrics.frechet_distance(metrics.INCEPTION_DIM)
         pooled = []
-        for _, images in self._batches(self.images, "features"):
-            pooled.append(self._pooled(images).cpu())
-            statistics["fd"].update(pooled[-1])
-            if self.inception is not None:
-                statistics["rfid"].update(self.inception(images))
+        for _, images in self.batches(self.images, "features"):
+            features = self.frechet_features(images)
+            pooled.append(features["fd"])
+            for name, distance in self.frechet.items():
+                distance.update(features[name], real=True)
         self.encoder_features = torch.cat(pooled)
         if len(self.images) < 2:
             self.skipped["fd"] = self.skipped["rfid"] = "one image has no covariance"
-            return {}
-        return statistics
+            self.frechet = {}
 
-    def _reconstruct(self, k, encoded: dict, originals: dict[str, metrics.FeatureStatistics]) -> dict:
-        """Metrics of the reconstructions from k tokens."""
+    def reconstruct(self, k, encoded: dict) -> dict:
+        """Metrics of the reconstructions from k tokens, and the PSNR of each image."""
         per_image: dict[str, list] = {}
-        frechet = {name: metrics.FrechetFeatures(real.dim, real) for name, real in originals.items()}
-        label = "VAE" if k == VAE else f"{k} tokens"
-        for indices, images in self._batches(self.images, label):
-            reconstruction, latents = self._decode(k, indices, encoded)
+        for distance in self.frechet.values():
+            distance.reset()  # of the last token count's reconstructions
+        for indices, images in self.batches(self.images, "VAE" if k == VAE else f"{k} tokens"):
+            reconstruction, latents = self.decode(k, indices, encoded)
             values = {
                 "psnr": metrics.psnr(reconstruction, images),
                 "ssim": metrics.ssim(reconstruction, images),
@@ -285,66 +284,67 @@ class Evaluator:
                 values["lpips"] = self.lpips(reconstruction, images)
             for name, value in values.items():
                 per_image.setdefault(name, []).append(value.cpu())
-            for name, features in frechet.items():
-                features_of = self._pooled if name == "fd" else self.inception
-                features.update(features_of(reconstruction), real=False)
-        per_image = {name: torch.cat(values) for name, values in per_image.items()}
-        result = {name: metrics.mean_with_confidence(values) for name, values in per_image.items()}
-        for name, features in frechet.items():
-            result[name] = {"value": features.compute(), "n": len(self.images), "low": None, "high": None}
-        for name, value in result.items():
-            dim = frechet[name].dim if name in frechet else None
-            warning = metrics.sample_warning(name, value["n"], dim)
-            if warning is not None:
-                value["warning"] = warning
-        return {"metrics": result, "psnr": per_image["psnr"].tolist()}
+            if self.frechet:
+                for name, features in self.frechet_features(reconstruction).items():
+                    self.frechet[name].update(features, real=False)
+        n, result = len(self.images), {}
+        for name, parts in per_image.items():
+            result[name] = metrics.mean_with_confidence(torch.cat(parts))
+            warning = metrics.sample_warning(name, n)
+            result[name].update({"warning": warning} if warning else {})
+        for name, distance in self.frechet.items():
+            value = max(0.0, distance.compute().item())  # rounding may leave a little less than 0
+            result[name] = {"value": value, "n": n, "low": None, "high": None}
+            dim = metrics.INCEPTION_DIM if name == "rfid" else self.encoder.dim
+            warning = metrics.sample_warning(name, n, dim)
+            result[name].update({"warning": warning} if warning else {})
+        return {"metrics": result, "psnr": torch.cat(per_image["psnr"]).tolist()}
 
     # ----------------------------------------------------------------------------------------------- representation
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether the decoder can keep its layers' outputs, as models for REPA do."""
+        return self.unpacker is not None and self.transformer.intermediate_layer_write_key is not None
+
     @contextlib.contextmanager
-    def _keeping_layers(self, layers: Sequence[int]):
+    def keeping_layers(self, layers: Sequence[int]):
         """Let the decoder keep the outputs of some of its layers."""
-        transformer = self.model.decoder.module_dict["dec_transformer"]
-        kept, transformer.intermediate_layers = transformer.intermediate_layers, list(layers)
+        kept, self.transformer.intermediate_layers = self.transformer.intermediate_layers, list(layers)
         try:
             yield
         finally:
-            transformer.intermediate_layers = kept
+            self.transformer.intermediate_layers = kept
 
-    def _decoder_features(self, indices: torch.Tensor, encoded: dict) -> torch.Tensor:
+    def decoder_features(self, indices: torch.Tensor, encoded: dict) -> torch.Tensor:
         """Patch features of the layers that the decoder keeps, [B, h, w, layers * D], at noise level PROBE_SIGMA."""
         pipeline = self.model.pipeline
         latents = encoded["latents"][indices].to(self.device)
-        noise = self._random(indices).normal("features", latents.shape[1:])
+        noise = self.random(indices).normal("features", latents.shape[1:])
         data = {
             pipeline.latents_read_key: encoded["quants"][indices].to(self.device),
             pipeline.noised_images_read_key: PROBE_SIGMA * noise + (1 - PROBE_SIGMA) * latents,
             pipeline.timesteps_read_key: torch.full((len(indices),), PROBE_SIGMA, device=self.device),
         }
-        with self._autocast():
+        with precision(self.device, self.dtype):
             data = self.model.decoder(data)
-        unpacker = self.model.decoder.module_dict["dec_repa_unpacker"]
-        return unpacker(data)[unpacker.write_keys[0]].float()
+        return self.unpacker(data)[self.unpacker.write_keys[0]].float()
 
-    def _has_layers(self) -> bool:
-        modules = self.model.decoder.module_dict
-        return "dec_repa_unpacker" in modules and modules["dec_transformer"].intermediate_layer_write_key is not None
-
-    def _pooled_layers(self, encoded: dict) -> torch.Tensor:
+    def pooled_layers(self, encoded: dict) -> torch.Tensor:
         """Mean over positions of every decoder layer's features, [N, layers, D]; computed once for a set."""
-        if "layers" in encoded:
-            return encoded["layers"]
-        transformer = self.model.decoder.module_dict["dec_transformer"]
-        pooled = []
-        with self._keeping_layers(range(transformer.depth)):
-            for indices in _index_batches(len(encoded["latents"]), self.options.batch_size, "decoder features"):
-                features = self._decoder_features(indices, encoded).mean(dim=(1, 2))
-                pooled.append(features.unflatten(1, (transformer.depth, -1)).cpu())
-        encoded["layers"] = torch.cat(pooled)
+        if "layers" not in encoded:
+            pooled, depth = [], self.transformer.depth
+            indices = torch.arange(len(encoded["latents"])).split(self.options.batch_size)
+            with self.keeping_layers(range(depth)):
+                for some in tqdm(indices, desc="decoder features", unit="batch", leave=False, dynamic_ncols=True):
+                    features = self.decoder_features(some, encoded).mean(dim=(1, 2))
+                    pooled.append(features.unflatten(1, (depth, -1)).cpu())
+            encoded["layers"] = torch.cat(pooled)
         return encoded["layers"]
 
-    def _alignment(self, encoded: dict) -> dict | None:
-        if not self._has_layers():
+    def alignment(self, encoded: dict) -> dict | None:
+        """CKNNA of each decoder layer and of the tokens with the encoder, and the trained projector's cosine."""
+        if not self.has_layers:
             self.skipped["alignment"] = "the model's decoder keeps no layer for REPA"
             return None
         k = min(10, len(self.images) - 1)
@@ -355,98 +355,94 @@ class Evaluator:
         if k < 2:
             self.skipped["cknna"] = f"{len(self.images)} images are too few for neighbours"
         else:
-            layers = self._pooled_layers(encoded)
-            for layer in range(layers.shape[1]):
-                value = self._cknna(f"decoder layer {layer}", layers[:, layer], k)
+            for layer, features in enumerate(self.pooled_layers(encoded).unbind(1)):
+                value = self.cknna_or_skip(f"decoder layer {layer}", features, k)
                 result["layers"].append({"layer": layer, "cknna": value})
-            result["tokens_cknna"] = self._cknna("tokens", encoded["quants"].flatten(1), k)
+            result["tokens_cknna"] = self.cknna_or_skip("tokens", encoded["quants"].flatten(1), k)
+        module = self.subject.repa_module(self.device)
+        if module is None:
+            self.skipped["alignment cosine"] = "only a training checkpoint with REPA has the trained projector"
+            return result
         try:
-            result.update(self._projected_alignment(encoded))
+            module.load_encoder()
         except UserError as error:
             self.skipped["alignment cosine"] = str(error)
+            return result
+        cosines, total, count = [], 0.0, 0
+        with self.keeping_layers(self.subject.aligned_layers):
+            for indices, images in self.batches(self.images, "alignment"):
+                target = module.target_features(images)
+                features = self.decoder_features(indices, encoded)
+                for i in range(len(images)):  # one by one: the confidence is over images
+                    losses = module.layer_losses(features[i : i + 1], target[i : i + 1])
+                    cosines.append(-torch.stack(losses).mean().cpu())
+                batch_total, batch_count = normalised_target_sum(target)
+                total, count = total + batch_total, count + batch_count
+        result["projector_encoder"] = module.encoder_name
+        result["cosine"] = metrics.mean_with_confidence(torch.stack(cosines))
+        # The best constant for these very images, a little more than any constant fitted elsewhere reaches.
+        result["constant"] = float((total / count).norm())
         return result
 
-    def _cknna(self, name: str, features: torch.Tensor, k: int) -> float | None:
+    def cknna_or_skip(self, name: str, features: torch.Tensor, k: int) -> float | None:
         try:
             return cknna(features, self.encoder_features, k)
         except ValueError as error:  # features that are all the same have no neighbours
             self.skipped[f"cknna of {name}"] = str(error)
             return None
 
-    def _projected_alignment(self, encoded: dict) -> dict:
-        """Cosine of the trained projector's output with its encoder's features, and that of a constant prediction."""
-        module = self.subject.repa_module(self.device)
-        if module is None:
-            self.skipped["alignment cosine"] = "only a training checkpoint with REPA has the trained projector"
-            return {}
-        module.load_encoder()
-        cosines, total, count = [], 0.0, 0
-        with self._keeping_layers(self.subject.aligned_layers):
-            for indices, images in self._batches(self.images, "alignment"):
-                target = module.target_features(images)
-                features = self._decoder_features(indices, encoded)
-                for i in range(len(images)):  # one by one: the confidence is over images
-                    losses = module.layer_losses(features[i : i + 1], target[i : i + 1])
-                    cosines.append(-torch.stack(losses).mean().cpu())
-                batch_total, batch_count = normalised_target_sum(target)
-                total, count = total + batch_total, count + batch_count
-        # The best constant for these very images, a little more than any constant fitted elsewhere reaches.
-        constant = float((total / count).norm())
-        return {"projector_encoder": module.encoder_name, "cosine": metrics.mean_with_confidence(torch.stack(cosines)),
-                "constant": constant}  # fmt: skip
-
-    def _probes(self, encoded: dict) -> dict | None:
+    def probes(self, encoded: dict) -> dict | None:
         """Accuracy with which classes are read off the decoder's features and the tokens."""
         images = self.images
         if images.labels is None:
             self.skipped["probes"] = "the images have no classes (a folder needs a sub-folder for each)"
             return None
-        labels = torch.tensor(images.labels)
+        features, labels = self.probed_features(encoded), torch.tensor(images.labels)
         if images.train is not None:
-            train_encoded, train_labels = self._encode(images.train), torch.tensor(images.train.labels)
-            test = (encoded, labels)
-        else:
-            fitted = _every_other(labels)
-            if self._has_layers():
-                self._pooled_layers(encoded)  # of the whole set, where each image has its own noise, then divided
-            train_encoded, train_labels = {name: value[fitted] for name, value in encoded.items()}, labels[fitted]
-            test = ({name: value[~fitted] for name, value in encoded.items()}, labels[~fitted])
-        shares = torch.bincount(test[1], minlength=len(images.classes)) / len(test[1])
-        if len(set(train_labels.tolist())) < 2:
+            train, train_labels = self.probed_features(self.encode(images.train)), torch.tensor(images.train.labels)
+        else:  # every other image of each class, from its first on
+            fitted = torch.zeros(len(labels), dtype=torch.bool)
+            for label in labels.unique():
+                fitted[(labels == label).nonzero().flatten()[::2]] = True
+            train, train_labels = {name: values[fitted] for name, values in features.items()}, labels[fitted]
+            features, labels = {name: values[~fitted] for name, values in features.items()}, labels[~fitted]
+        if len(train_labels.unique()) < 2:
             self.skipped["probes"] = f"{len(train_labels)} images are of one class"
             return None
-        sets = [self._probed_features(train_encoded), self._probed_features(test[0])]
-        features = {
-            name: {
-                "knn": knn_accuracy(sets[0][name], train_labels, sets[1][name], test[1], min(20, len(train_labels))),
-                "linear": linear_probe_accuracy(sets[0][name], train_labels, sets[1][name], test[1]),
-            }
-            for name in tqdm(sets[0], desc="probes", leave=False, dynamic_ncols=True)
-        }
-        return {"classes": images.classes, "n_train": len(train_labels), "n_test": len(test[1]),
-                "chance": float(shares.max()), "features": features}  # fmt: skip
+        names = tqdm(features, desc="probes", leave=False, dynamic_ncols=True)
+        return {
+            "classes": images.classes, "n_train": len(train_labels), "n_test": len(labels),
+            "chance": labels.bincount().max().item() / len(labels),
+            "features": {name: probe_accuracy(train[name], train_labels, features[name], labels) for name in names},
+        }  # fmt: skip
 
-    def _probed_features(self, encoded: dict) -> dict[str, torch.Tensor]:
+    def probed_features(self, encoded: dict) -> dict[str, torch.Tensor]:
+        """By name [N, D]: each decoder layer, and the first 1, 4 and all tokens."""
         features = {}
-        if self._has_layers():
-            layers = self._pooled_layers(encoded)
-            features.update({f"decoder layer {i}": layers[:, i] for i in range(layers.shape[1])})
+        if self.has_layers:
+            layers = self.pooled_layers(encoded).unbind(1)
+            features.update({f"decoder layer {i}": layer for i, layer in enumerate(layers)})
         for k in (1, 4, self.model.n_registers):
             if k <= self.model.n_registers:
                 features[f"tokens, first {k}"] = encoded["quants"][:, :k].flatten(1)
         return features
 
-    def _codes(self, encoded: dict) -> dict:
-        statistics = code_statistics(encoded["tokens"], self.model.regularizer.codebook_size)
-        counts = [k for k in (1, 2, 4) if k <= self.model.n_registers]
-        silhouette = first_tokens_silhouette(encoded["quants"], counts, self.images.labels, seed=self.options.seed)
-        by = "classes" if self.images.labels is not None else "k-means"
-        return {"codebook_size": self.model.regularizer.codebook_size, "n": len(self.images), **statistics,
-                "silhouette": silhouette, "silhouette_by": by}  # fmt: skip
+    def codes(self, encoded: dict) -> dict:
+        """Use of the codes, and how they group images."""
+        labels, codebook_size = self.images.labels, self.model.regularizer.codebook_size
+        return {
+            "codebook_size": codebook_size,
+            "n": len(self.images),
+            **code_statistics(encoded["tokens"], codebook_size),
+            "silhouette": {
+                str(k): first_tokens_silhouette(encoded["quants"], k, labels, seed=self.options.seed)
+                for k in (1, 2, 4)
+                if k <= self.model.n_registers
+            },
+            "silhouette_by": "classes" if labels is not None else "k-means",
+        }
 
-    # ------------------------------------------------------------------------------------------------------ pictures
-
-    def _grids(self, psnr: list[float], encoded: dict) -> dict[str, str]:
+    def save_grids(self, psnr: list[float], encoded: dict) -> dict[str, str]:
         """Flexible-length reconstructions of those images that the largest token count reconstructs best, in the middle
         and worst, and of the first, which are the same for every model."""
         order = torch.tensor(psnr).argsort(descending=True)
@@ -458,25 +454,9 @@ class Evaluator:
         titles = ["VAE", *(f"{k} token{'s' if k > 1 else ''}" for k in self.tokens), "original"]
         for name, indices in chosen.items():
             originals = torch.stack([self.images.dataset[int(i)]["image"] for i in indices])
-            columns = [self._decode(k, indices, encoded)[0].cpu() for k in (VAE, *self.tokens)]
+            columns = [self.decode(k, indices, encoded)[0].cpu() for k in (VAE, *self.tokens)]
             save_grid([*columns, originals], titles, self.folder / "grids" / f"{name}.png")
         return {name: f"grids/{name}.png" for name in chosen}
-
-
-def _powers_of_two(n_max: int) -> list[int]:
-    return sorted({*(2**i for i in range(n_max.bit_length()) if 2**i <= n_max), n_max})
-
-
-def _index_batches(n: int, batch_size: int, text: str) -> Iterator[torch.Tensor]:
-    yield from tqdm(torch.arange(n).split(batch_size), desc=text, unit="batch", leave=False, dynamic_ncols=True)
-
-
-def _every_other(labels: torch.Tensor) -> torch.Tensor:
-    """Bool [N]: every other image of each class, from its first on."""
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        chosen[(labels == label).nonzero().flatten()[::2]] = True
-    return chosen
 
 
 def read_json(path: Path) -> dict | None:

@@ -1,10 +1,9 @@
 """What the results of an evaluation (format 1) say: metrics, values with their confidence, findings in words.
 
-Missing numbers (null, NaN) are shown as a dash, and parts that were not evaluated are named with the reason.
+Numbers that are not known (null) are shown as a dash, and parts that were not evaluated are named with the reason.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,7 @@ import yaml
 
 TEMPLATES = Path(__file__).parent / "templates"
 DASH = "–"
-PARTS = {
-    "reconstruction": "reconstruction metrics",
-    "alignment": "alignment with the vision encoder",
-    "probes": "probes (classes from frozen features)",
-    "codes": "use of the codes",
-    "grids": "pictures",
-    "cost": "cost of the evaluation",
-}
+PARTS = {"alignment": "alignment with the vision encoder", "probes": "probes (classes from frozen features)"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +21,7 @@ class Metric:
     """How a number is called, read and explained; templates/glossary.yaml says what the fields mean."""
 
     label: str
-    part: str = ""
+    part: str
     unit: str = ""
     better: str = ""
     digits: int = 4
@@ -42,7 +34,7 @@ class Metric:
     @property
     def sign(self) -> str:
         """Unit and direction of better, e.g. ` [dB] ↑`."""
-        return (f" [{self.unit}]" if self.unit else "") + {"higher": " ↑", "lower": " ↓"}.get(self.better, "")
+        return (f" [{self.unit}]" if self.unit else "") + {"higher": " ↑", "lower": " ↓"}[self.better]
 
     def show(self, value: float | None, unit: bool = False) -> str:
         """The value as text, with its unit if asked for; `lossless` where a reconstruction is."""
@@ -56,26 +48,22 @@ METRICS = {key: Metric(**fields) for key, fields in GLOSSARY.items()}
 
 
 class Value(NamedTuple):
-    """A number with its 95 % confidence interval and its count of images, where they are known."""
+    """A number with its 95 % confidence interval, where they are known."""
 
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    n: int | None = None
 
     @classmethod
     def read(cls, found, metric: Metric) -> "Value":
-        """From results: a measure {value, low, high, n}, a number or None. Shares of 1 become percentages."""
+        """From results: a measure {value, low, high}, a number or None. Shares of 1 become percentages."""
         found = found if isinstance(found, dict) else {"value": found}
-        value = metric.lossless if found.get("value") == math.inf else found.get("value")
-        scale = 100 if metric.unit == "%" else 1
-        finite_numbers = [finite(x) for x in (value, found.get("low"), found.get("high"))]
-        value, low, high = (None if x is None else scale * x for x in finite_numbers)
-        return cls(value, low, high, found.get("n"))
+        numbers = [found.get(name) for name in ("value", "low", "high")]
+        return cls(*(x if x is None or metric.unit != "%" else 100 * x for x in numbers))
 
     def interval(self, metric: Metric) -> str:
         """The confidence as `low to high`, or nothing."""
-        if None in self[:3] or self.value >= metric.lossless:
+        if None in self or self.value >= metric.lossless:
             return ""
         return f"{number(self.low, metric.digits)} to {number(self.high, metric.digits)}"
 
@@ -100,14 +88,9 @@ class Cell(NamedTuple):
 # Numbers and words
 
 
-def finite(value) -> float | None:
-    """`value` as a float, or None where there is none (missing, NaN, infinite)."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def number(value, digits: int = 2, sign: bool = False) -> str:
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     """A number with fixed digits, a dash for none; one significant digit where fixed ones would show only 0."""
-    if finite(value) is None:
+    if value is None:
         return DASH
     plus = "+" if sign else ""
     if 1e-9 < abs(value) < 0.5 * 10.0**-digits:  # below is what rounding leaves of a 0
@@ -120,31 +103,31 @@ def tokens(count) -> str:
     return "VAE alone" if count == "vae" else f"{count} token{'' if int(count) == 1 else 's'}"
 
 
-def duration(seconds) -> str:
-    """Seconds as people say them; a dash for none."""
-    if finite(seconds) is None:
-        return DASH
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
     if seconds < 60:
         return f"{seconds:.{1 if seconds < 10 else 0}f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def size(n_bytes) -> str:
-    """Bytes in GB (powers of ten); a dash for none."""
-    return DASH if finite(n_bytes) is None else f"{number(n_bytes / 1e9)} GB"
+def size(n_bytes: float) -> str:
+    """Bytes in GB (powers of ten)."""
+    return f"{number(n_bytes / 1e9)} GB"
 
 
-def percent(share, digits: int = 1) -> str:
-    """A share of 1 in percent; a dash for none."""
-    return DASH if finite(share) is None else f"{100 * share:.{digits}f} %"
+def percent(share: float, digits: int = 1) -> str:
+    """A share of 1 in percent."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def plain(value) -> str:
     """A setting as text: yes or no, lists with commas, a dash for none."""
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return ", ".join(map(plain, value)) or DASH
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str("" if value is None else value) or DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return DASH if value is None else str(value)
 
 
 # Reading results
@@ -162,95 +145,73 @@ def union(lists: Iterable[Iterable]) -> list:
     return list(dict.fromkeys(entry for entries in lists for entry in entries))
 
 
-def metric_of(key: str) -> Metric:
-    """The description of a metric; one that is not known is called by its key."""
-    return METRICS.get(key) or Metric(key)
-
-
 def rows_of(results: dict) -> dict[str, dict]:
     """Reconstruction metrics by token count, ascending, then those of "vae"."""
-    rows = results.get("reconstruction") or {}
+    rows = results["reconstruction"]
     return {key: rows[key] for key in sorted(rows, key=lambda key: math.inf if key == "vae" else int(key))}
 
 
 def metric_keys(results: dict) -> list[str]:
-    """The reconstruction metrics of any token count: known ones first, in the glossary's order."""
-    found = {key for row in rows_of(results).values() for key in row}
-    return [key for key in METRICS if key in found] + sorted(found - set(METRICS))
+    """The reconstruction metrics of any token count, in the glossary's order."""
+    found = union(rows_of(results).values())
+    return [key for key in METRICS if key in found]
 
 
 def explained_keys(results: dict) -> list[str]:
     """Keys of METRICS for which the results hold numbers."""
-    parts = {metric.part for metric in METRICS.values() if results.get(metric.part)} - {"reconstruction"}
+    parts = [part for part in ("alignment", "probes", "codes") if results[part]]
     return [key for key, metric in METRICS.items() if key in metric_keys(results) or metric.part in parts]
 
 
 def headline(results: dict) -> str:
-    """The main finding in a sentence: the first metric that has values, from the fewest tokens to the most."""
-    for key in metric_keys(results):
-        metric = metric_of(key)
-        values = {count: Value.read(row.get(key), metric) for count, row in rows_of(results).items()}
-        vae = values.pop("vae", Value()).value
-        values = {int(count): value for count, value in values.items() if value.value is not None}
-        if values:
-            text, limit = _course(metric, values), metric.show(vae, unit=True)
-            verb = "is" if limit == "lossless" else "gives"
-            return text + ("." if vae is None else f"; the VAE alone, without tokens, {verb} {limit}.")
-    return "No reconstruction metric has a value."
-
-
-def _course(metric: Metric, values: dict[int, Value]) -> str:
-    """How a metric goes from the fewest tokens to the most."""
+    """The main finding in a sentence: PSNR from the fewest tokens to the most, and its limit."""
+    metric = METRICS["psnr"]
+    values = {count: Value.read(row["psnr"], metric) for count, row in rows_of(results).items()}
+    limit = metric.show(values.pop("vae").value, unit=True)
     shown = {count: metric.show(value.value, unit=True) for count, value in values.items()}
-    first, last = min(values), max(values)
+    counts = list(values)
+    first, last = counts[0], counts[-1]
     if first == last:
-        return f"{metric.label} is {shown[first]} with {tokens(first)}"
-    if shown[first] == shown[last]:
-        text = f"{metric.label} stays at {shown[first]} from {tokens(first)} to {last}"
+        text = f"PSNR is {shown[first]} with {tokens(first)}"
+    elif shown[first] == shown[last]:
+        text = f"PSNR stays at {shown[first]} from {tokens(first)} to {last}"
     else:
-        verb = "rises" if values[last] > values[first] else "falls"
-        text = f"{metric.label} {verb} from {shown[first]} with {tokens(first)} to {shown[last]} with {last}"
+        verb = "rises" if values[last].value > values[first].value else "falls"
+        text = f"PSNR {verb} from {shown[first]} with {tokens(first)} to {shown[last]} with {last}"
         if values[first].overlaps(values[last]):
             text += " (the 95 % intervals overlap: no clear difference)"
-    choose = {"higher": max, "lower": min}.get(metric.better)
-    best = choose(values, key=lambda count: values[count].value) if choose else last
+    best = max(values, key=lambda count: values[count].value)
     if best not in (first, last):
         text += f", and is best with {best}: {shown[best]}"
     elif best == first and shown[first] != shown[last]:
-        text += f", so more tokens are worse here ({metric.better} is better)"
-    return text
+        text += ", so more tokens are worse here (higher is better)"
+    return f"{text}; the VAE alone, without tokens, {'is' if limit == 'lossless' else 'gives'} {limit}."
 
 
 def warnings_of(results: dict) -> list[str]:
     """Every distinct warning once, that of tokens which carry nothing first."""
-    of_tokens = results.get("tokens_warning")
-    measures = [measure for row in rows_of(results).values() for measure in row.values()]
-    found = [dig(measure, "warning") for measure in [*measures, dig(results, "alignment", "cosine")]]
-    return list(dict.fromkeys(filter(None, [of_tokens and of_tokens[0].upper() + of_tokens[1:], *found])))
+    of_tokens = results["tokens_warning"]
+    found = [of_tokens and of_tokens[0].upper() + of_tokens[1:]]
+    found += [measure.get("warning") for row in rows_of(results).values() for measure in row.values()]
+    return union([filter(None, found)])
 
 
 def missing_parts(results: dict) -> list[tuple[str, str]]:
     """(name, reason) of every part and every usual metric that was not evaluated."""
-    skipped = dict(results.get("skipped") or {})
-    absent = {part: label for part, label in PARTS.items() if not results.get(part)}
-    if results.get("reconstruction"):
-        usual = {key: metric.label for key, metric in METRICS.items() if metric.part == "reconstruction"}
-        absent |= {key: label for key, label in usual.items() if key not in metric_keys(results)}
+    skipped = dict(results["skipped"])
+    absent = {part: label for part, label in PARTS.items() if not results[part]}
+    usual = {key: metric.label for key, metric in METRICS.items() if metric.part == "reconstruction"}
+    absent |= {key: label for key, label in usual.items() if key not in metric_keys(results)}
     lines = [(label, skipped.pop(key, "not computed")) for key, label in absent.items()]
-    return lines + [(metric_of(key).label, reason) for key, reason in skipped.items()]
+    return lines + [(METRICS[key].label if key in METRICS else key, reason) for key, reason in skipped.items()]
 
 
 def reconstruction_table(results: dict) -> list[list]:
-    """Heading and a row for each token count; a value whose number of images is not its row's says so."""
+    """Heading and a row for each token count."""
     keys = metric_keys(results)
-    table: list[list] = [["tokens", "images", *(metric_of(key).label + metric_of(key).sign for key in keys)]]
+    table: list[list] = [["tokens", "images", *(METRICS[key].label + METRICS[key].sign for key in keys)]]
     for count, row in rows_of(results).items():
-        values = [Value.read(row.get(key), metric_of(key)) for key in keys]
-        n = Counter(value.n for value in values if value.n is not None).most_common(1)[:1]
-        usual = n[0][0] if n else None
-        cells = []
-        for metric, value in zip(map(metric_of, keys), values, strict=True):
-            notes = [value.interval(metric), f"n={value.n}" if value.n not in (usual, None) else ""]
-            cells.append(Cell(metric.show(value.value), ", ".join(filter(None, notes))))
-        table.append([tokens(count) if count == "vae" else count, plain(usual), *cells])
+        values = [Value.read(row.get(key), METRICS[key]) for key in keys]
+        cells = [Cell(METRICS[key].show(value.value), value.interval(METRICS[key])) for key, value in zip(keys, values)]
+        table.append([tokens(count) if count == "vae" else count, str(row["psnr"]["n"]), *cells])
     return table

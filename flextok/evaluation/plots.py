@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from scipy.ndimage import uniform_filter1d
 
 from ..utils.files import write_atomically
-from .findings import METRICS, TEMPLATES, Metric, Value, dig, finite, metric_keys, metric_of, rows_of, union
+from .findings import METRICS, TEMPLATES, Metric, Value, dig, metric_keys, rows_of, union
 
 INK = "#1b2129"  # of text and axes in the style sheet
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X", "*"), ("-", "--", "-.", ":")  # tell arms apart without colours
@@ -28,7 +28,7 @@ def draw(
     limit: tuple[str, float | None] = ("", None), aligned: Sequence[int] = (),
     thin: dict[str, list[dict[int, float]]] | None = None, from_zero: bool = False,
 ) -> Markup:  # fmt: skip
-    """Draw lines with their confidence as bands.
+    """Draw lines with their confidence as bands, as a PNG file and as SVG.
 
     Args:
         axes: Labels of x and y; `tokens` are drawn on a logarithmic axis, and so is a wide y with `thin` lines.
@@ -42,28 +42,21 @@ def draw(
     axis = Figure().subplots()
     axis.set(title=title, xlabel=axes[0], ylabel=axes[1])
     for i, (label, points) in enumerate(lines.items()):
-        for curve in (thin or {}).get(label, []):
-            axis.plot(list(curve), list(curve.values()), color=f"C{i}", linewidth=0.5, alpha=0.4)
+        for single in (thin or {}).get(label, []):
+            axis.plot(list(single), list(single.values()), color=f"C{i}", linewidth=0.5, alpha=0.4)
         if points:
-            x, (y, low, high) = list(points), np.array([value[:3] for value in points.values()], dtype=float).T
+            x, (y, low, high) = list(points), np.array(list(points.values()), dtype=float).T
             marker = MARKERS[i % len(MARKERS)] if len(x) <= 40 else ""
             axis.plot(x, y, color=f"C{i}", marker=marker, linestyle=LINES[i % len(LINES)], label=label or None)
             axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
             axis.vlines(x, low, high, color=f"C{i}", alpha=0.4)
     for layer in aligned:
         axis.axvline(layer, color="C1", linestyle=":", label="aligned in training" if layer == aligned[0] else None)
-    _scale(axis, metric, sorted(union(lines.values())), log_y=thin is not None)
-    if limit[1] is not None:
-        _draw_limit(axis, metric, *limit)
-    axis.set_ylim(bottom=0 if from_zero else None)
-    return _save(axis, path)
 
-
-def _scale(axis, metric: Metric, x: list[int], log_y: bool) -> None:
-    """Ticks of x, and a range of y of at least the metric's span, else of a tenth of the values."""
+    # y spans at least the metric's span, else a tenth of the values
     low, high = axis.dataLim.intervaly
     missing = (metric.span or 0.1 * max(abs(low), abs(high))) - (high - low)
-    if log_y and 0 < 3 * low < high:
+    if thin is not None and 0 < 3 * low < high:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -71,32 +64,31 @@ def _scale(axis, metric: Metric, x: list[int], log_y: bool) -> None:
     elif missing > 0:
         axis.set_ylim(low - missing / 2, high + missing / 2)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-    if axis.get_xlabel() == "tokens":
+    if axes[0] == "tokens":
+        counts = sorted(union(lines.values()))
         axis.set_xscale("log", base=2)
-        axis.set_xlim(x[0] / 1.2, x[-1] * 1.2)
+        axis.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)
         ticks: list[int] = []
-        for count in reversed(x):  # from the right, so that the most tokens are always named
+        for count in reversed(counts):  # from the right, so that the most tokens are always named
             ticks += [count] if not ticks or ticks[-1] / count >= 1.5 else []
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
 
+    # The limit: a dashed line; only words where it is so far away that it would flatten the others
+    label, height = limit
+    if height is not None:
+        low, high = axis.get_ylim()
+        style = {"color": INK, "linestyle": "--", "linewidth": 1.2}
+        if height < metric.lossless and abs(height - (low + high) / 2) <= 4.5 * (high - low):
+            axis.axhline(height, label=label, **style)
+            margin = 0.05 * (high - low)
+            axis.set_ylim(min(low, height - margin), max(high, height + margin))
+        else:
+            where = "" if height >= metric.lossless else ", off this axis"
+            axis.plot([], [], label=f"{label}: {metric.show(height)}{where}", **style)
+            axis.set_ylim(low, high)
+    axis.set_ylim(bottom=0 if from_zero else None)
 
-def _draw_limit(axis, metric: Metric, label: str, height: float) -> None:
-    """A dashed line; only words where it is so far away that it would flatten the others."""
-    low, high = axis.get_ylim()
-    style = {"color": INK, "linestyle": "--", "linewidth": 1.2}
-    if height < metric.lossless and abs(height - (low + high) / 2) <= 4.5 * (high - low):
-        axis.axhline(height, label=label, **style)
-        margin = 0.05 * (high - low)
-        axis.set_ylim(min(low, height - margin), max(high, height + margin))
-    else:
-        where = "" if height >= metric.lossless else ", off this axis"
-        axis.plot([], [], label=f"{label}: {metric.show(height)}{where}", **style)
-        axis.set_ylim(low, high)
-
-
-def _save(axis, path: Path) -> Markup:
-    """The plot with its legend as a PNG file, and as SVG."""
     figure, (handles, labels) = axis.figure, axis.get_legend_handles_labels()
     if handles:
         columns = 1 if max(map(len, labels)) > 24 else min(3, len(labels))
@@ -105,13 +97,10 @@ def _save(axis, path: Path) -> Markup:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
     figure.set_layout_engine("none")  # as it is
     text, nothing = io.StringIO(), dict.fromkeys(["Creator", "Date", "Format", "Type"])
-    matplotlib.rcParams["svg.hashsalt"] = path.stem  # ids differ between the plots of a page; draw() resets it
+    matplotlib.rcParams["svg.hashsalt"] = path.stem  # ids differ between the plots of a page; rc_context resets it
     figure.savefig(text, format="svg", transparent=True, metadata=nothing)
     svg = re.sub(r'<defs>\s*<style.*?</defs>|(?<=<g) id="[^"]*"', "", text.getvalue(), flags=re.S)
     return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))
-
-
-# What is drawn
 
 
 def plots_of(arms: Sequence[dict], folder: Path) -> dict[str, Markup]:
@@ -125,7 +114,7 @@ def plots_of(arms: Sequence[dict], folder: Path) -> dict[str, Markup]:
     """
     plots: dict[str, Markup] = {}
     runs = [run for arm in arms for run in arm["runs"]]
-    alone = (runs[0].get("results") or {}) if len(runs) == 1 else {}
+    alone = runs[0]["results"] if len(runs) == 1 else {}
 
     def plot(name: str, title: str, axes: tuple[str, str], lines: Lines, metric: Metric, **options) -> None:
         if any(lines.values()):
@@ -137,23 +126,22 @@ def plots_of(arms: Sequence[dict], folder: Path) -> dict[str, Markup]:
         thin = {arm["name"]: [points for run in arm["runs"] if (points := curve(run, key))] for arm in arms}
         means = {name: mean_curve(curves, smooth=key.startswith("train/")) for name, curves in thin.items()}
         plot(key, title, ("optimizer step", metric.label), means, metric, thin=thin)
-    for key in union(metric_keys(run.get("results") or {}) for run in runs):
-        metric = metric_of(key)
-        axes, lines = ("tokens", metric.unit or metric.label), _bands(arms, by_tokens, key)
-        vae = Value.read(dig(alone, "reconstruction", "vae", key), metric)
-        plot(key, metric.label + metric.sign, axes, lines, metric, limit=("VAE alone", vae.value))
-    axes, lines = ("decoder layer (0 is the first)", "CKNNA"), _bands(arms, by_layer)
-    aligned, limit = (
-        dig(alone, "alignment", "aligned_layers"),
-        ("tokens", finite(dig(alone, "alignment", "tokens_cknna"))),
-    )
-    plot("cknna", "CKNNA by decoder layer ↑", axes, lines, METRICS["cknna"], limit=limit, aligned=aligned or ())
+    for key in union(metric_keys(run["results"]) for run in runs):
+        metric = METRICS[key]
+        limit = ("VAE alone", dig(alone, "reconstruction", "vae", key, "value"))
+        lines = bands(arms, lambda results, key=key: by_tokens(results, key))
+        plot(key, metric.label + metric.sign, ("tokens", metric.unit or metric.label), lines, metric, limit=limit)
+    axes, limit = ("decoder layer (0 is the first)", "CKNNA"), ("tokens", dig(alone, "alignment", "tokens_cknna"))
+    aligned = dig(alone, "alignment", "aligned_layers") or ()
+    plot("cknna", "CKNNA by decoder layer ↑", axes, bands(arms, by_layer), METRICS["cknna"], limit=limit,
+         aligned=aligned)  # fmt: skip
     n, n_codes = dig(alone, "codes", "n"), dig(alone, "codes", "codebook_size")
-    most = min(filter(None, (n, n_codes)), default=None)
+    most = min(n, n_codes) if alone else None
     label = f"most possible with {n} images" if most == n else "size of the codebook"
     for key, title in (("used", "Different codes"), ("entropy_bits", "Entropy of the codes")):
-        axes, lines = ("token position (1 is the first)", METRICS[key].unit or "codes"), _bands(arms, by_position, key)
+        axes = ("token position (1 is the first)", METRICS[key].unit or "codes")
         limit = (label, math.log2(most) if most and key == "entropy_bits" else most)
+        lines = bands(arms, lambda results, key=key: {i: Value(x) for i, x in enumerate(results["codes"][key], 1)})
         plot(key, f"{title} by token position ↑", axes, lines, METRICS[key], limit=limit, from_zero=True)
     return plots
 
@@ -161,24 +149,19 @@ def plots_of(arms: Sequence[dict], folder: Path) -> dict[str, Markup]:
 def by_tokens(results: dict, key: str) -> dict[int, Value]:
     """A reconstruction metric by token count."""
     rows = {count: row for count, row in rows_of(results).items() if count != "vae"}
-    return {int(count): Value.read(row.get(key), metric_of(key)) for count, row in rows.items()}
+    return {int(count): Value.read(row.get(key), METRICS[key]) for count, row in rows.items()}
 
 
 def by_layer(results: dict) -> dict[int, Value]:
     """CKNNA by decoder layer."""
-    return {layer["layer"]: Value(finite(layer["cknna"])) for layer in dig(results, "alignment", "layers") or []}
+    return {layer["layer"]: Value(layer["cknna"]) for layer in dig(results, "alignment", "layers") or []}
 
 
-def by_position(results: dict, key: str) -> dict[int, Value]:
-    """A number on the codes by token position, from 1."""
-    return {i: Value(finite(value)) for i, value in enumerate(dig(results, "codes", key) or [], 1)}
-
-
-def _bands(arms: Sequence[dict], read: Callable[..., dict[int, Value]], *key: str) -> Lines:
-    """For each arm the band over its seeds of read(results, *key) at each x; nothing where all of it is missing."""
+def bands(arms: Sequence[dict], read: Callable[[dict], dict[int, Value]]) -> Lines:
+    """For each arm the band over its seeds of read(results) at each x; nothing where all of it is missing."""
     lines: Lines = {}
     for arm in arms:
-        tables = [read(run.get("results") or {}, *key) for run in arm["runs"]]
+        tables = [read(run["results"]) for run in arm["runs"]]
         points = {x: band(table.get(x, Value()) for table in tables) for x in sorted(union(tables))}
         lines[arm["name"]] = points if any(value.value is not None for value in points.values()) else {}
     return lines
@@ -196,25 +179,20 @@ def band(values: Iterable[Value]) -> Value:
 
 def curve_keys(runs: Sequence[dict]) -> list[str]:
     """Names of the curves that have points in any run."""
-    return union([key for key in run.get("curves") or {} if key != "step" and curve(run, key)] for run in runs)
+    return union([key for key in run.get("curves", {}) if key != "step" and curve(run, key)] for run in runs)
 
 
 def curve(run: dict, key: str) -> dict[int, float]:
-    """One curve of a run by step, given as a value for each step or as pairs; without what is not finite."""
-    values = dig(run, "curves", key) or []
-    pairs = (
-        values
-        if values and isinstance(values[0], (list, tuple))
-        else zip(run["curves"].get("step", []), values, strict=False)
-    )
-    return {step: value for step, value in pairs if finite(value) is not None}
+    """One curve of a run by step, given as a value for each step of training or as pairs; without missing values."""
+    curves = run["curves"]
+    pairs = zip(curves["step"], curves[key]) if key.startswith("train/") else curves[key]
+    return {step: value for step, value in pairs if value is not None and math.isfinite(value)}
 
 
 def loss_of(key: str) -> tuple[Metric, str]:
     """The loss that a curve such as `val/flow_loss` shows, and its name."""
-    split, name = key.split("/")[0], key.split("/")[-1]
-    metric = METRICS.get(name) or Metric(name.replace("_", " "), better="lower")
-    return metric, f"{metric.label}, " + {"train": "training", "val": "validation"}.get(split, split)
+    split, name = key.split("/")
+    return METRICS[name], f"{METRICS[name].label}, {'training' if split == 'train' else 'validation'}"
 
 
 def mean_curve(curves: list[dict[int, float]], smooth: bool) -> dict[int, Value]:
@@ -223,4 +201,4 @@ def mean_curve(curves: list[dict[int, float]], smooth: bool) -> dict[int, Value]
     means = [statistics.mean(points[step] for points in curves) for step in steps]
     if smooth and steps:
         means = uniform_filter1d(means, max(1, len(means) // 50), mode="nearest").tolist()
-    return {step: Value(mean) for step, mean in zip(steps, means, strict=True)}
+    return {step: Value(mean) for step, mean in zip(steps, means)}

@@ -13,9 +13,7 @@ from .findings import (
     TEMPLATES,
     duration,
     explained_keys,
-    finite,
     headline,
-    metric_keys,
     missing_parts,
     number,
     percent,
@@ -31,7 +29,7 @@ from .plots import plots_of
 def columns(rows: Sequence[Sequence]) -> str:
     """Rows of cells in columns of plain text: the first to the left, the others to the right."""
     rows = [list(map(str, row)) for row in rows]
-    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    first, *widths = (max(map(len, column)) for column in zip(*rows))
     return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]).rstrip() for row in rows)
 
 
@@ -44,11 +42,11 @@ def definitions(lines: Sequence[tuple[str, str]]) -> str:
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES),
     autoescape=jinja2.select_autoescape(["html"]),
-    undefined=jinja2.ChainableUndefined,  # results may lack any part
+    undefined=jinja2.ChainableUndefined,  # a part of the results may be missing
     trim_blocks=True,
     lstrip_blocks=True,
 )
-FILTERS = (columns, definitions, duration, finite, number, percent, plain, size)
+FILTERS = (columns, definitions, duration, number, percent, plain, size)
 ENVIRONMENT.filters.update({function.__name__: function for function in FILTERS})
 ENVIRONMENT.globals.update(METRICS=METRICS, tokens=tokens)
 
@@ -61,26 +59,23 @@ def render(template: str, **context) -> str:
 def write_page(folder: Path, page: str) -> Path:
     """Write `folder`/report.html whole or not at all."""
     path = Path(folder) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path
 
 
 def picture(path: Path, alt: str) -> dict:
-    """A PNG file for a page: its data, empty if there is no such file, and its width in pixels."""
-    if not path.is_file():
-        return {"path": path, "alt": alt, "data": "", "width": 0}
+    """A PNG file for a page: its data and its width in pixels."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return {"path": path, "alt": alt, "data": data, "width": Image.open(path).width}
+    return {"alt": alt, "data": data, "width": Image.open(path).width}
 
 
 def findings_of(results: dict) -> dict:
     """What console and page both show."""
     return {
         "results": results,
-        "about": results.get("about") or {},
+        "about": results["about"],
         "headline": headline(results),
-        "table": reconstruction_table(results) if metric_keys(results) else [],
+        "table": reconstruction_table(results),
         "warnings": warnings_of(results),
         "missing": missing_parts(results),
     }
@@ -104,7 +99,7 @@ def write_report(results: dict, folder: Path) -> Path:
     page = render(
         "evaluation.html",
         plots=plots_of([{"name": "", "runs": [{"results": results}]}], folder),
-        grids={name: picture(Path(folder) / path, name) for name, path in (results.get("grids") or {}).items()},
+        grids={name: picture(Path(folder) / path, name) for name, path in results["grids"].items()},
         explained=[METRICS[key] for key in explained_keys(results)],
         **findings_of(results),
     )

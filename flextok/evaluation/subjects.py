@@ -1,24 +1,28 @@
 """What is evaluated, and on which images."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Optional
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ..data.digits import Digits
-from ..data.images import ImageFolderDataset, list_images
+from ..data.images import ImageDataset, ImageFolderDataset, digest, list_images
 from ..data.photos import PhotoCrops
+from ..data.sources import build_datasets
 from ..flextok_wrapper import CONFIG_NAME, FlexTok, FlexTokFromHub, load_model_from_safetensors
 from ..training.checkpoints import BEST, LATEST, read_checkpoint
-from ..training.config import TrainConfig
+from ..training.config import TrainConfig, load_config
 from ..training.export import load_trained_model
 from ..training.models import build_repa_module, check_repa_model
 from ..utils.checkpoint import CheckpointError
 from ..utils.config import ConfigError
 from ..utils.random import generator
+
+N_PROBE_IMAGES = 5000  # of a config file's training images, to fit probes to
 
 
 @dataclasses.dataclass
@@ -50,10 +54,11 @@ class Subject:
         return [] if self.projector_state is None else check_repa_model(self.model, self.config.repa_layers)
 
 
-def load_subject(checkpoint: str, averaged: bool = True) -> Subject:
+def load_subject(checkpoint: str, averaged: bool = True, option: str = "--checkpoint") -> Subject:
     """The model that `checkpoint` means: a run folder, a training checkpoint, an export, a file, or a Hub name.
 
-    Of a run folder the latest checkpoint is taken; of a checkpoint the averaged weights, if it has any.
+    Of a run folder the latest checkpoint is taken; of a checkpoint the averaged weights, if it has any. Errors name it
+    by `option`.
 
     Raises:
         FileNotFoundError, CheckpointError, ConfigError: Nothing there, or not a model.
@@ -64,38 +69,30 @@ def load_subject(checkpoint: str, averaged: bool = True) -> Subject:
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
             raise FileNotFoundError(
-                f"--checkpoint: the folder {path} is neither a run (checkpoints/{LATEST}) nor an export ({CONFIG_NAME})"
+                f"{option}: the folder {path} is neither a run (checkpoints/{LATEST}) nor an export ({CONFIG_NAME})"
             )
         path = found
     if path.suffix == ".pt":
-        return _load_checkpoint(path, checkpoint, averaged)
+        state = read_checkpoint(path)
+        try:
+            config = TrainConfig.from_dict(state["config"])
+        except (KeyError, ConfigError) as error:
+            raise CheckpointError(f"{path} holds no settings that can be read: {error}") from error
+        has_average = averaged and bool(state.get("ema_model_state_dict"))
+        model = load_trained_model(path, averaged).eval()
+        return Subject(checkpoint, model, has_average, config, state.get("repa_module_state_dict"))
     if path.is_file():
         return Subject(checkpoint, load_model_from_safetensors(path).eval())
-    is_hub_name = checkpoint.count("/") == 1 and not path.parent.is_dir()
-    if not path.is_dir() and (path.is_absolute() or checkpoint.startswith(".") or not is_hub_name):
-        raise FileNotFoundError(f"--checkpoint: there is nothing at {path}, and it is no Hub name (owner/model)")
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", checkpoint) and not path.parent.is_dir()
+    if not path.is_dir() and not is_hub_name:
+        raise FileNotFoundError(f"{option}: there is nothing at {path}, and it is no Hub name (owner/model)")
     try:
         return Subject(checkpoint, FlexTokFromHub.from_pretrained(str(path) if path.is_dir() else checkpoint).eval())
     except OSError as error:
         raise ConfigError(
-            f"--checkpoint: {checkpoint!r} is neither a folder, nor in the Hugging Face cache, nor can it be "
+            f"{option}: {checkpoint!r} is neither a folder, nor in the Hugging Face cache, nor can it be "
             f"downloaded ({error})"
         ) from error
-
-
-def _load_checkpoint(path: Path, name: str, averaged: bool) -> Subject:
-    checkpoint = read_checkpoint(path)
-    try:
-        config = TrainConfig.from_dict(checkpoint["config"])
-    except (KeyError, ConfigError) as error:
-        raise CheckpointError(f"{path} holds no settings that can be read: {error}") from error
-    return Subject(
-        name,
-        load_trained_model(path, averaged).eval(),
-        averaged and bool(checkpoint.get("ema_model_state_dict")),
-        config,
-        checkpoint.get("repa_module_state_dict"),
-    )
 
 
 @dataclasses.dataclass
@@ -113,23 +110,30 @@ class ImageSet:
 
 
 def load_images(data: str, img_size: int, n_images: int | None) -> ImageSet:
-    """The images of a folder, scikit-learn's validation digits, or crops of the photographs that wheels carry.
+    """The images of a folder, scikit-learn's validation digits, crops of the photographs that wheels carry, or those on
+    which a config file (FILE.yaml) validates, whatever their source.
 
-    Classes are a folder's sub-folders (of at least two, with two images or more each), digits or photographs. A
-    folder's odd images of each class are evaluated and its even ones fitted to only where probes are; every image is
-    evaluated for reconstruction.
+    Classes are a folder's sub-folders (of at least two, with two images or more each), digits or photographs. Probes
+    are fitted to training digits or photographs; of a folder to every other image of each class.
 
     Args:
         n_images: At most so many, a random choice that is the same each time; None: all (`photos`: 256).
     """
     if data == "digits":
-        test = _digits("val", img_size, n_images)
-        test.train = _digits("train", img_size, None)
-        return test
+        test, train = (_digits(split, img_size, n) for split, n in (("val", n_images), ("train", None)))
+        return dataclasses.replace(test, train=train)
     if data == "photos":
-        test = _photos("val", img_size, n_images or 256)
-        test.train = _photos("train", img_size, len(test))
-        return test
+        test, train = (_photos(split, img_size, n_images or 256) for split in ("val", "train"))
+        return dataclasses.replace(test, train=train)
+    if data.endswith(".yaml"):
+        config = load_config(data)
+        train, val = build_datasets(config.model_copy(update={"img_size": img_size, "crop": fixed_crop(config.crop)}))
+        if val is None:
+            raise ConfigError(f"--data: {data} keeps no images for validation: set val_fraction or val_path")
+        test, fit = _of(data, val, n_images), _of(data, train, N_PROBE_IMAGES)
+        if test.labels is None or fit.labels is None:
+            return dataclasses.replace(test, labels=None, classes=None)
+        return dataclasses.replace(test, train=fit)
     paths = list_images(data)
     if n_images is not None and n_images < len(paths):
         chosen = torch.randperm(len(paths), generator=generator(0, "evaluation images"))[:n_images]
@@ -140,6 +144,29 @@ def load_images(data: str, img_size: int, n_images: int | None) -> ImageSet:
     if len(classes) > 1 and min(map(names.count, classes)) >= 2:
         images.classes, images.labels = classes, [classes.index(name) for name in names]
     return images
+
+
+class Part(Subset):
+    """Some images of a dataset."""
+
+    def identity(self) -> str:
+        return digest([self.dataset.identity(), *map(str, self.indices)])
+
+
+def fixed_crop(crop: str) -> str:
+    """How images are cropped that are not to change."""
+    return "center" if crop.startswith("random") else crop
+
+
+def _of(data: str, dataset: ImageDataset, n: int | None) -> ImageSet:
+    """The first images of a dataset, at most n, a random choice that is the same each time, with their classes."""
+    indices = list(range(len(dataset)))
+    if n is not None and n < len(dataset):
+        indices = sorted(torch.randperm(len(dataset), generator=generator(0, "evaluation images"))[:n].tolist())
+    labels = [dataset.label(i) for i in indices]
+    if dataset.classes is None or None in labels:
+        return ImageSet(data, Part(dataset, indices))
+    return ImageSet(data, Part(dataset, indices), labels, list(dataset.classes))
 
 
 def _digits(split: str, img_size: int, n: int | None) -> ImageSet:

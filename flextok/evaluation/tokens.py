@@ -1,11 +1,12 @@
-"""What tokens hold: how much of the codebook each position uses, and whether the first tokens group images."""
+"""What tokens hold: how much of the codebook each position uses, and whether the first tokens group images.
+
+Libraries are imported where they are used: training imports this, and should start quickly.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-
-Labels = torch.Tensor | Sequence[int] | np.ndarray
 
 
 def code_statistics(tokens: torch.Tensor, codebook_size: int) -> dict[str, int | list[int] | list[float]]:
@@ -16,7 +17,7 @@ def code_statistics(tokens: torch.Tensor, codebook_size: int) -> dict[str, int |
     at the same N.
 
     Args:
-        tokens: Long [N, L], in 0..codebook_size - 1.
+        tokens: Integers [N, L] in 0..codebook_size - 1.
         codebook_size: Number of codes.
 
     Returns:
@@ -26,17 +27,14 @@ def code_statistics(tokens: torch.Tensor, codebook_size: int) -> dict[str, int |
         used_overall: Distinct codes at any position.
 
     Raises:
-        ValueError: If `tokens` is empty, not an integer [N, L], or out of range.
+        ValueError: Tokens out of range.
     """
     from scipy.stats import entropy
 
-    if tokens.dim() != 2 or not tokens.numel() or tokens.is_floating_point():
-        raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}, expected integers [N, L], not empty")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= codebook_size:
         raise ValueError(f"tokens are in {low}..{high}, but a codebook of {codebook_size} has 0..{codebook_size - 1}")
-    tokens = tokens.cpu()
-    counts = [position.unique(return_counts=True)[1].numpy() for position in tokens.T]
+    counts = [position.unique(return_counts=True)[1].numpy() for position in tokens.cpu().T]
     bits = [float(entropy(count, base=2)) for count in counts]
     return {
         "used": [len(count) for count in counts],
@@ -47,12 +45,8 @@ def code_statistics(tokens: torch.Tensor, codebook_size: int) -> dict[str, int |
 
 
 def first_tokens_silhouette(
-    codes: torch.Tensor,
-    counts: Sequence[int] = (1, 2, 4),
-    labels: Labels | None = None,
-    n_clusters: int = 8,
-    seed: int = 0,
-) -> dict[str, float | None]:
+    codes: torch.Tensor, k: int, labels: Sequence[int] | None = None, n_clusters: int = 8, seed: int = 0
+) -> float | None:
     """How well the codes of the first k tokens group images: their mean silhouette (Rousseeuw 1987), Euclidean.
 
     An image is the vector of its first k codes, k * C numbers. With labels, groups are classes: near 1, the first
@@ -64,43 +58,18 @@ def first_tokens_silhouette(
 
     Args:
         codes: Quantised latents [N, L, C], e.g. of FSQ in [-1, 1].
-        counts: Numbers k of first tokens, 1 to L each.
-        labels: Class of each image, integers [N].
+        labels: Class of each image, [N].
         n_clusters: Clusters of k-means, at least 2; of no effect with labels.
         seed: Of k-means.
 
     Returns:
-        For each k, as a string: the silhouette in [-1, 1], or None where it is undefined: all images have the same
-        first codes, there is one group only, or each image is a group of its own.
-
-    Raises:
-        ValueError: For codes or labels of other shapes, values that are not finite, `counts` out of range, or fewer
-            than two clusters.
+        The silhouette in [-1, 1], or None where it is undefined: all images have the same first codes, there is one
+        group only, or each image is a group of its own.
     """
-    if codes.dim() != 3 or not codes.numel():
-        raise ValueError(f"codes are {list(codes.shape)}, expected [N, L, C], not empty")
-    if not codes.isfinite().all():
-        raise ValueError("codes hold NaN or infinite values: look for the step that made them")
-    if any(not 1 <= k <= codes.shape[1] for k in counts):
-        raise ValueError(
-            f"counts is {list(counts)}, but images have {codes.shape[1]} tokens: remove what is out of range"
-        )
-    if n_clusters < 2:
-        raise ValueError(f"n_clusters is {n_clusters}, expected at least 2")
-    if labels is not None:
-        labels = torch.as_tensor(labels).cpu().numpy()
-        if labels.shape != (len(codes),):
-            raise ValueError(
-                f"labels are {list(labels.shape)}, but codes are of {len(codes)} images: give one for each"
-            )
-    vectors = codes.detach().cpu().double()
-    return {str(k): _silhouette(vectors[:, :k].flatten(1).numpy(), labels, n_clusters, seed) for k in counts}
-
-
-def _silhouette(vectors: np.ndarray, labels: np.ndarray | None, n_clusters: int, seed: int) -> float | None:
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
 
+    vectors = codes[:, :k].flatten(1).double().numpy()
     distinct = len(np.unique(vectors, axis=0))
     if distinct < 2:
         return None

@@ -1,12 +1,20 @@
 """Noise for rectified-flow training (arXiv 2209.03003)."""
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
 
 from ..utils.batching import per_image
 from ..utils.random import BatchRandom
+
+T = TypeVar("T", float, torch.Tensor)
+
+
+def shifted(sigma: T, shift: float) -> T:
+    """shift * sigma / (1 + (shift - 1) * sigma) of sigmas from 0 to 1 (SD3, arXiv 2403.03206, eq. 23); 1: as it is."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 class MinRFNoiseModule(nn.Module):
@@ -15,11 +23,13 @@ class MinRFNoiseModule(nn.Module):
     Args:
         clean_images_read_key, noised_images_write_key: [B, C, H, W].
         timesteps_write_key, sigmas_write_key: fp32 [B].
-        ln: Logit-normal sigmas (sigmoid of a standard normal); otherwise uniform, or by `mode_scale`.
+        ln: Logit-normal sigmas (sigmoid of a normal); otherwise uniform, or by `mode_scale`.
         stratisfied: One quantile bin of the global batch per image, rather than independent draws.
         mode_scale: s in sigma = 1 - u - s * (cos(pi u / 2)^2 - 1 + u) (SD3, arXiv 2403.03206, eq. 20); ignored if `ln`.
         noise_write_key: Where the noise goes, [B, C, H, W].
         noise_read_key: Noise to use instead of drawing it, if the data_dict has it.
+        ln_mean, ln_std: Mean and standard deviation of the normal of `ln`.
+        shift: Time shift of the sigmas, however they are drawn: see `shifted`.
     """
 
     def __init__(
@@ -33,6 +43,9 @@ class MinRFNoiseModule(nn.Module):
         mode_scale: float | None = None,
         noise_write_key: str = "flow_noise",
         noise_read_key: str | None = None,
+        ln_mean: float = 0.0,
+        ln_std: float = 1.0,
+        shift: float = 1.0,
     ):
         super().__init__()
         self.clean_images_read_key = clean_images_read_key
@@ -44,6 +57,7 @@ class MinRFNoiseModule(nn.Module):
         self.mode_scale = mode_scale
         self.noise_write_key = noise_write_key
         self.noise_read_key = noise_read_key
+        self.ln_mean, self.ln_std, self.shift = ln_mean, ln_std, shift
 
     def sample_sigmas(self, random: BatchRandom) -> torch.Tensor:
         """fp32 [B] in (0, 1)."""
@@ -52,12 +66,12 @@ class MinRFNoiseModule(nn.Module):
             u = (random.positions + u) / random.global_batch_size
         u = u.clamp(1e-7, 1 - 1e-7)
         if self.ln:
-            sigmas = torch.special.ndtri(u).sigmoid()
+            sigmas = (self.ln_mean + self.ln_std * torch.special.ndtri(u)).sigmoid()
         elif self.mode_scale:
             sigmas = 1 - u - self.mode_scale * ((math.pi * u / 2).cos() ** 2 - 1 + u)
         else:
             sigmas = u
-        return sigmas.float()
+        return shifted(sigmas, self.shift).float().clamp(1e-9, 1 - 2**-24)
 
     def forward(self, data_dict: dict) -> dict:
         clean = data_dict[self.clean_images_read_key]

@@ -11,6 +11,7 @@ from ..model.preprocessors.patching import PatchEmbedder
 from ..model.utils.posembs import PositionalEmbeddingAdder
 from ..utils.batching import as_batch_tensor, dense_batches, select_images
 from ..utils.modules import evaluating
+from .noise_modules import shifted
 
 APG_MOMENTUM = -0.5
 APG_NORM_THRESHOLD = 2.5
@@ -49,6 +50,7 @@ class MinRFPipeline:
         timesteps_read_key, noised_images_read_key, reconst_write_key: Where the decoder reads t and x_t, and writes
             the velocity; the sampled latents end under reconst_write_key.
         out_channels: C.
+        shift: Time shift of the steps, as that of MinRFNoiseModule in training; 1: steps of equal size.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class MinRFPipeline:
         noised_images_read_key: str = "vae_latents_noised",
         reconst_write_key: str = "vae_latents_reconst",
         out_channels: int = 4,
+        shift: float = 1.0,
     ):
         self.model = model
         self.out_channels = out_channels
@@ -70,6 +73,7 @@ class MinRFPipeline:
         self.timesteps_read_key = timesteps_read_key
         self.noised_images_read_key = noised_images_read_key
         self.reconst_write_key = reconst_write_key
+        self.shift = shift
 
     def default_size(self) -> tuple[int, int]:
         """Latent size (h, w) that the decoder was built for: its positional table times its patches."""
@@ -140,7 +144,7 @@ class MinRFPipeline:
         guide = AdaptiveProjectedGuidance() if perform_norm_guidance else classifier_free_guidance
         predict = DecoderPasses(self, data_dict)
         for i in tqdm(range(timesteps, 0, -1), desc="sampling", disable=not verbose):
-            t = i / timesteps
+            t, t_next = shifted(i / timesteps, self.shift), shifted((i - 1) / timesteps, self.shift)
             scale = guidance_scale(t) if callable(guidance_scale) else guidance_scale
             if scale == 1.0:
                 velocity = predict(x, t, (False,))
@@ -149,7 +153,8 @@ class MinRFPipeline:
                 velocity = guide(conditional, unconditional, scale)
             else:
                 velocity = guide(predict(x, t, (False,)), predict(x, t, (True,)), scale)
-            x = x - velocity.to(x.dtype) / timesteps
+            velocity = velocity.to(x.dtype)
+            x = x - (velocity / timesteps if self.shift == 1.0 else velocity * (t - t_next))
         data_dict[self.reconst_write_key] = x
         return data_dict
 

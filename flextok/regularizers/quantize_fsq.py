@@ -9,8 +9,6 @@ import torch.nn as nn
 from ..utils.batching import per_image
 from ..utils.random import BatchRandom
 
-MAX_CODES = 2**63 - 1  # tokens are of 64 bits
-
 
 class FSQ(nn.Module):
     """Rounds each channel of a latent vector to one of `levels[i]` values: [B, ..., len(levels)], computed in fp32.
@@ -19,7 +17,7 @@ class FSQ(nn.Module):
     0..codebook_size - 1). There is no codebook to learn, and nothing in the state dict.
 
     Args:
-        levels: Number of values per channel, at least 2 each, with a product of at most MAX_CODES.
+        levels: Number of values per channel, at least 2 each, with a product below 2^63.
         drop_quant_p: In training, probability that an image's latents are left unquantised.
         corrupt_tokens_p, min_corrupt_tokens_p: In training, a corrupted image has each code replaced, with a
             probability drawn uniformly between the two, by a code drawn uniformly from the codebook.
@@ -43,11 +41,9 @@ class FSQ(nn.Module):
         self.levels = [int(level) for level in levels]
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels is {self.levels}, expected numbers of at least 2")
-        self.codebook_size = 1
-        for level in self.levels:
-            self.codebook_size *= level
-            if self.codebook_size > MAX_CODES:
-                raise ValueError(f"levels give more than {MAX_CODES} codes: use fewer or smaller ones")
+        if sum(map(math.log2, self.levels)) >= 63:
+            raise ValueError("levels give more codes than tokens of 64 bits can name: use fewer or smaller ones")
+        self.codebook_size = math.prod(self.levels)
         probabilities = {
             "drop_quant_p": drop_quant_p,
             "corrupt_tokens_p": corrupt_tokens_p,
@@ -100,19 +96,15 @@ class FSQ(nn.Module):
                 drop = random.uniform("fsq/drop") < self.drop_quant_p
                 quants = torch.where(per_image(drop, z), bounded / half_width, quants)
             if self.corrupt_tokens_p > 0:
-                corrupt, replacements = self._corruption(random, tokens)
+                shape = tokens.shape[1:]
+                applies = random.uniform("fsq/corrupt_image") < self.apply_corrupt_tokens_p
+                spread = self.corrupt_tokens_p - self.min_corrupt_tokens_p
+                p = self.min_corrupt_tokens_p + random.uniform("fsq/corrupt_p") * spread
+                p = per_image(torch.where(applies, p, 0.0), tokens)
+                replacements = random.integers("fsq/corrupt_code", 0, self.codebook_size - 1, shape)
+                corrupt = random.uniform("fsq/corrupt", shape) < p  # [B, ...]
                 tokens = torch.where(corrupt, replacements, tokens)
                 quants = torch.where(corrupt[..., None], self.indices_to_embedding(replacements), quants)
         data_dict[self.quants_write_key] = quants
         data_dict[self.tokens_write_key] = tokens
         return data_dict
-
-    def _corruption(self, random: BatchRandom, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which tokens [B, ...] to replace (bool [B, ...]) and by what (long [B, ...])."""
-        shape = tokens.shape[1:]
-        applies = random.uniform("fsq/corrupt_image") < self.apply_corrupt_tokens_p
-        spread = self.corrupt_tokens_p - self.min_corrupt_tokens_p
-        p = self.min_corrupt_tokens_p + random.uniform("fsq/corrupt_p") * spread
-        p = per_image(torch.where(applies, p, 0.0), tokens)
-        replacements = random.integers("fsq/corrupt_code", 0, self.codebook_size - 1, shape)
-        return random.uniform("fsq/corrupt", shape) < p, replacements

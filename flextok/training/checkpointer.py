@@ -5,6 +5,7 @@ and the others get each tensor from it.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -38,6 +39,9 @@ STRUCTURE = (
 )  # fmt: skip
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of an optimizer, of their parameter's shape
+
+
 class Checkpointer:
     """The checkpoints of a run: `latest.pt`, `previous.pt`, `best.pt` and those of epochs that are kept."""
 
@@ -54,14 +58,16 @@ class Checkpointer:
 
     def keep_best(self) -> None:
         """Make the latest checkpoint the best."""
-        if rank() == 0:
-            link_checkpoint(self.folder / LATEST, self.folder / BEST)
+        from_first(lambda: link_checkpoint(self.folder / LATEST, self.folder / BEST))
 
     def keep_epoch(self, epoch: int, keep_last: int | None) -> None:
         """Keep the latest checkpoint as that of an epoch, one of the last `keep_last` (None: all)."""
-        if rank() == 0:
+
+        def keep() -> None:
             link_checkpoint(self.folder / LATEST, self.folder / EPOCH.format(f"{epoch:04d}"))
             prune_checkpoints(self.folder, keep_last)
+
+        from_first(keep)
 
 
 def trainer_state(trainer: Any) -> dict:
@@ -136,7 +142,7 @@ def check_resumable(trainer: Any, checkpoint: dict, source: str) -> None:
         raise CheckpointError(f"{source}: global_step is {step!r}, expected a number of steps")
     images = checkpoint.get("global_batch_size") or then["batch_size"] * then["gradient_accumulation_steps"]
     was, now = structure(checkpoint.get("model_config")), structure(getattr(trainer.model, "config", None))
-    both = was.keys() & now.keys()  # an older version may say less
+    differ = sorted(key for key in was.keys() & now.keys() if was[key] != now[key])  # an older version may say less
     with_repa = checkpoint["repa_module_state_dict"] is not None
     has_readout = checkpoint.get("readout_state_dict") is not None, trainer.readout is not None
     weights = (0, 0) if has_readout[0] == has_readout[1] else (then.get("readout_weight", 0.0), config.readout_weight)
@@ -145,7 +151,8 @@ def check_resumable(trainer: Any, checkpoint: dict, source: str) -> None:
         ("images per optimizer step", images, trainer.global_batch_size, f"set global_batch_size: {images}"),
         ("seed", then.get("seed"), config.seed, "set it back to continue"),
         ("optimizer", then.get("optimizer"), config.optimizer, f"set it back, {new}"),
-        ("the model's structure", {k: was[k] for k in both}, {k: now[k] for k in both}, f"set `model` back, {new}"),
+        ("the model's structure", {k: was[k] for k in differ}, {k: now[k] for k in differ},
+         f"set `model` and img_size back, {new}"),
         ("data", checkpoint["data"], trainer.data_identity, f"restore the data and its settings, {new}"),
         ("use_repa", with_repa, config.use_repa, f"set it back, {new}"),
         ("readout_weight", weights[0], weights[1], "set it back, or null, to continue; readout_steps ends it"),
@@ -165,8 +172,9 @@ def check_resumable(trainer: Any, checkpoint: dict, source: str) -> None:
         if before != after:
             raise CheckpointError(f"{source} was trained with {what} {before}, now it is {after}: {advice}")
     for key, value in config.to_dict().items():
-        if value != then.get(key):
-            log.info("resume: %s was %s and is now %s", key, then.get(key), value)
+        was = then.get(key, type(config).model_fields[key].default)  # what an older version did not know
+        if value != was:
+            log.info("resume: %s was %s and is now %s", key, was, value)
 
 
 def _restore(trainer: Any, checkpoint: dict, source: str) -> None:
@@ -181,13 +189,17 @@ def _restore(trainer: Any, checkpoint: dict, source: str) -> None:
     if trainer.readout is not None:
         restore_weights(trainer.readout, checkpoint["readout_state_dict"], f"{source} (readout)")
     trainer.global_step = checkpoint["global_step"]
-    restore_optimizer(trainer.optimizer, checkpoint["optimizer_state_dict"], source)
+    restore_optimizer(trainer.optimizer, trainer.parts, checkpoint["optimizer_state_dict"], source)
     scheduler, base_lrs = trainer.scheduler, trainer.scheduler.base_lrs
     lambdas = scheduler.lr_lambdas
     state = {**checkpoint["scheduler_state_dict"], "base_lrs": base_lrs, "lr_lambdas": [None] * len(lambdas)}
     scheduler.load_state_dict(state)
+    rates = {group["name"]: group["lr"] for group in checkpoint["optimizer_state_dict"]["param_groups"]}
     for group, base_lr, factor in zip(trainer.optimizer.param_groups, base_lrs, lambdas):
         group["lr"] = base_lr * factor(scheduler.last_epoch)
+        was = rates.get(group["name"], group["lr"])
+        if not math.isclose(was, group["lr"], rel_tol=1e-6):
+            log.info("resume: the learning rate of %s was %.3g and is now %.3g", group["name"], was, group["lr"])
     if checkpoint["scaler_state_dict"] and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(checkpoint["scaler_state_dict"])
     if trainer.ema is not None:
@@ -224,34 +236,37 @@ def restore_weights(module: nn.Module, state: dict[str, torch.Tensor], source: s
     load_weights(module, {key: from_rank_0(value, own[key]) for key, value in state.items()}, source)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
-    """Load an optimizer's moments by the names of its groups; its settings stay as they are now.
+def restore_optimizer(optimizer: torch.optim.Optimizer, parts: dict[str, nn.Module], state: dict, source: str) -> None:
+    """Load an optimizer's moments by the names of its parameters; its groups and their settings stay as they are now.
 
-    A group that the checkpoint does not have starts from nothing.
+    A parameter that the checkpoint does not have starts from nothing. Older checkpoints have no names: there each part
+    is one group, of its trained parameters in their order.
 
     Raises:
-        CheckpointError: The groups have other parameters.
+        CheckpointError: The checkpoint has other parameters.
     """
-    saved = {group["name"]: group["params"] for group in state["param_groups"]}
-    own = {group["name"]: group["params"] for group in optimizer.param_groups}
-    if not saved.keys() <= own.keys() or any(len(saved[name]) != len(own[name]) for name in saved):
-        count = lambda groups: ", ".join(f"{name} {len(params)}" for name, params in groups.items())  # noqa: E731
-        raise CheckpointError(
-            f"{source} was trained with other parameters ({count(saved)}; now {count(own)}): set train_encoder, "
-            "train_decoder and train_vae back, or start a new run from its export"
-        )
-    indices, restored = iter(range(sum(map(len, own.values())))), {}
-    for name, parameters in own.items():
-        for i, parameter in enumerate(parameters):
-            index, values = next(indices), {}
-            if name in saved:
-                values = state["state"].get(saved[name][i], {})
-            for key, value in values.items():
-                given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-                if given not in (list(parameter.shape), []):
-                    raise CheckpointError(
-                        f"{source}: the optimizer's {key} is {given}, its parameter {list(parameter.shape)}"
-                    )
-            if values:
-                restored[index] = {key: from_rank_0(value, parameter) for key, value in values.items()}
+    named = [zip(group["parameter_names"], group["params"]) for group in optimizer.param_groups]
+    own = dict(itertools.chain(*named))
+    in_order = [f"{part}.{name}" for part, module in parts.items() for name, _ in module.named_parameters()]
+    moments = {}
+    for group in state["param_groups"]:
+        of_part = [name for name in in_order if name in own and name.startswith(f"{group['name']}.")]
+        names = group.get("parameter_names", of_part)
+        if len(names) != len(group["params"]) or not own.keys() >= set(names):
+            raise CheckpointError(
+                f"{source} was trained with other parameters ({group['name']}: {len(group['params'])}; now "
+                f"{len(of_part)}): set train_encoder, train_decoder and train_vae back, or start a new run from its "
+                "export"
+            )
+        moments.update({name: state["state"].get(i, {}) for name, i in zip(names, group["params"])})
+    restored = {}
+    for index, (name, parameter) in enumerate(own.items()):
+        for key, value in moments.get(name, {}).items():
+            given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            if key in MOMENTS and given != list(parameter.shape):
+                raise CheckpointError(f"{source}: the {key} of {name} is {given}, expected {list(parameter.shape)}")
+            if key == "step" and given not in ([], "int"):
+                raise CheckpointError(f"{source}: the step of {name} is {given}, expected a number")
+        if moments.get(name):
+            restored[index] = {key: from_rank_0(value, parameter) for key, value in moments[name].items()}
     optimizer.load_state_dict({"state": restored, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -12,15 +11,12 @@ from pathlib import Path
 import torch
 
 from ..utils.checkpoint import CheckpointError, load_pickled
-from ..utils.config import ConfigError
 from ..utils.errors import UserError
-from ..utils.files import folder_name, write_atomically
-from ..utils.plain import parse_yaml
+from ..utils.files import write_atomically
 
 LATEST, BEST = "latest.pt", "best.pt"
 PREVIOUS = "previous.pt"  # what was the latest before
 EPOCH = "epoch_{}.pt"  # those that are kept
-CONFIG_FILE = "config.yaml"  # the settings in force, in the run folder
 REQUIRED = (
     "global_step", "data", "config", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
     "scaler_state_dict", "ema_model_state_dict", "repa_module_state_dict", "best_val_loss",
@@ -52,9 +48,11 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder, and see that files can be written there; raises UserError."""
+    """Make a folder, see that files can be written there, and remove what a killed run left; raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
         write_atomically(folder / "write_test", lambda path: path.write_bytes(b""))
         (folder / "write_test").unlink()
     except OSError as error:
@@ -115,56 +113,6 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of train_flextok.py: it has no model_state_dict")
     return checkpoint
-
-
-def stored_config(path: Path) -> dict:
-    """The settings that a run was trained with, from the config.yaml of its folder; without one, those in the file."""
-    try:
-        return parse_yaml((path.parent.parent / CONFIG_FILE).read_text())
-    except (OSError, ConfigError, UnicodeDecodeError):
-        return readable_checkpoint(path)[1].get("config") or {}
-
-
-def find_checkpoint(
-    resume: str, run_dir: Path | None, checkpoint_dir: Path, run_name: str | None, use_repa: bool
-) -> Path | None:
-    """The checkpoint file that `resume` means: `latest`, a run folder, or a file.
-
-    `latest` is that of `run_dir` if given, else of the newest run of this name under `checkpoint_dir` that was trained
-    with (or without) REPA as this one is; None if there is none yet, so that the same command line starts a run and
-    continues it.
-
-    Raises:
-        FileNotFoundError: A path that does not exist, or a folder without a checkpoint.
-    """
-    if resume == "latest":
-        folders = [run_dir]
-        if run_dir is None:
-            named = re.compile(re.escape(folder_name(run_name)) + r"-\d{8}-\d{6}(-\d+)?")
-            folders = [path for path in checkpoint_dir.glob("*") if named.fullmatch(path.name)]
-            folders = [path for path in folders if _is_of(path, run_name, use_repa)]
-        files = [folder / "checkpoints" / LATEST for folder in folders]
-        return max((file for file in files if file.is_file()), key=lambda file: file.stat().st_mtime, default=None)
-    path = Path(resume).expanduser()
-    if path.is_dir():
-        for candidate in (path / "checkpoints" / LATEST, path / LATEST):
-            if candidate.is_file():
-                return candidate
-        raise FileNotFoundError(f"resume: the folder {path} has no checkpoints/{LATEST}")
-    if not path.is_file():
-        raise FileNotFoundError(f"resume: there is no checkpoint at {path}; give a file, a run folder, or `latest`")
-    return path
-
-
-def _is_of(run_dir: Path, run_name: str | None, use_repa: bool) -> bool:
-    """Whether a run folder is of this experiment, as far as its config.yaml says."""
-    try:
-        config = parse_yaml((run_dir / CONFIG_FILE).read_text())
-    except (OSError, ConfigError, UnicodeDecodeError):
-        return True
-    if not isinstance(config, dict):
-        return True
-    return config.get("wandb_run_name") in (None, run_name) and config.get("use_repa", use_repa) == use_repa
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -4,8 +4,7 @@
 prints the tables of README_SETTINGS.md and README_REPA.md.
 """
 
-import datetime
-import itertools
+import difflib
 import json
 import logging
 import math
@@ -32,29 +31,53 @@ from pydantic import (
 )
 
 from ..utils.config import ConfigError, nearest, shown
-from ..utils.errors import UserError
-from ..utils.files import folder_name, write_atomically
 from ..utils.plain import parse_yaml
-from .checkpoints import CONFIG_FILE
 
 log = logging.getLogger("flextok")
 
-SPECIAL_DATASETS = ("celebahq", "digits", "photos")  # any other name is a folder of images
+SPECIAL_DATASETS = ("celebahq", "imagefolder", "hf", "webdataset", "digits", "photos")  # others: a folder of images
 SCHEMA = "configs/schema.json"
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=1)]
 Pair = Annotated[list[T], Field(min_length=2, max_length=2)]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
-TEXT = (str, str | None, UserPath | None)  # types of settings that are text
+TEXT = (str, str | None, UserPath | None, UserPath | list[UserPath] | None)  # types of settings that are text
+STRICT = ConfigDict(
+    extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+)
+
+
+class FlowSettings(BaseModel):
+    """How the model's flow is trained and sampled; null: as the model's own config says."""
+
+    model_config = STRICT
+
+    keep_k_mode: Literal["uniform", "pow2", "uniform_pow2"] | None = None
+    """How nested dropout draws the number k of kept tokens: from 1 to all of them, a power of two, or uniform and then
+    rounded up to a power of two."""
+    null_condition_prob: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Probability that an image is trained without its tokens, for guidance."""
+    logit_normal_sigmas: bool | None = None
+    """Noise levels sigma in training: the sigmoid of a normal; false: uniform, or by mode_scale."""
+    logit_normal_mean: float | None = None
+    """Mean of that normal; below 0 favours little noise."""
+    logit_normal_std: PositiveFloat | None = None
+    """Standard deviation of that normal."""
+    mode_scale: float | None = None
+    """SD3's mode sampling (arXiv 2403.03206, eq. 20), where sigmas are not logit-normal: above 0 favours the middle,
+    below 0 the ends; 0: uniform."""
+    stratified_sigmas: bool | None = None
+    """Spread the noise levels of a global batch evenly over their quantiles."""
+    shift: PositiveFloat | None = None
+    """Time shift s for higher resolutions (SD3, eq. 23), in training and in the sampler: sigma becomes s * sigma /
+    (1 + (s - 1) * sigma); above 1 favours much noise, 1: none."""
 
 
 class TrainConfig(BaseModel):
     """Settings of a training run. A setting that cannot be computed with is refused, with a ConfigError."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = STRICT
 
     # Model
     model_name: UserPath = "EPFL-VILAB/flextok_d18_d18_in1k"
@@ -68,6 +91,12 @@ class TrainConfig(BaseModel):
     """Take the architecture of model_name, but with new weights in encoder and decoder (the VAE keeps its own)."""
     fsq_levels: list[Annotated[int, Field(ge=2)]] | None = None
     """Other FSQ levels than the model's; the two layers around the quantiser get new weights."""
+    posemb_scaling: Literal["interpolate"] | None = None
+    """`interpolate`: resize the positional tables of model_name bilinearly to the patch grid of img_size, for images of
+    another size than it was made for, e.g. 512 px; null: as they are, which takes images up to that size."""
+    flow: FlowSettings | None = None
+    """Other settings of flow matching than the model's, new or loaded; null, also of each: the model's own. The export
+    keeps them."""
     train_encoder: bool = True
     """Train the encoder."""
     train_decoder: bool = True
@@ -86,20 +115,42 @@ class TrainConfig(BaseModel):
 
     # Data
     dataset_name: str = "folder"
-    """`folder` (any images), `celebahq` (its 27000/1500/1500 split), `digits` (handwritten digits that scikit-learn
-    carries), or `photos` (crops of the photographs that scikit-image and scikit-learn carry)."""
-    data_path: UserPath | None = None
-    """Folder of images: flat, in `images/`, or nested. Not needed for `digits` and `photos`."""
-    val_path: UserPath | None = None
-    """Folder of validation images; null: val_fraction of data_path, or celebahq's own split."""
+    """`folder` (any images), `imagefolder` (a sub-folder for each class), `celebahq` (its 27000/1500/1500 split), `hf`
+    (a dataset of the Hugging Face Hub, or a folder of parquet), `webdataset` (tar shards), `digits` (handwritten digits
+    that scikit-learn carries), or `photos` (crops of the photographs that scikit-image and scikit-learn carry)."""
+    data_path: UserPath | list[UserPath] | None = None
+    """Folder of images: flat, in `images/`, or nested; for `hf` a name on the Hub, a folder of parquet files or of
+    `save_to_disk`; for `webdataset` shards, `train-{000000..000146}.tar`, a folder of them, or a list. Not needed for
+    `digits` and `photos`."""
+    val_path: UserPath | list[UserPath] | None = None
+    """Validation images, likewise; null: a validation split of `hf`, celebahq's own, else val_fraction of data_path."""
+    data_config: str | None = None
+    """`hf`: configuration (subset) of the dataset."""
+    data_revision: str | None = None
+    """`hf`: branch, tag or commit on the Hub; null: its main."""
+    train_split: str = "train"
+    """`hf`: split to train on."""
+    val_split: str | None = None
+    """`hf`: split to validate on; null: `validation`, `val` or `valid` if there is one, else val_fraction of
+    train_split."""
+    image_column: str | None = None
+    """`hf`: column of the images; null: the only one of that type."""
+    label_column: str | None = None
+    """`hf`: column of the classes; null: the only one of type ClassLabel, if any."""
     img_size: Count = 256
     """Side of the square training images in pixels."""
     use_augmentation: bool = True
     """Flip half of the training images horizontally."""
-    random_crop: bool = False
-    """Crop training images at a random place instead of the centre."""
+    crop: Literal["center", "adm", "random", "random_resized"] = "center"
+    """Square of an image that is not square: `center`; `adm`, the centre as guided-diffusion scales it, to which
+    published FID values refer; in training also `random`, a place along the longer side, or `random_resized`, a window
+    of random area and shape. `random_crop: true`, the older name, is `random`."""
+    crop_scale: Pair[Annotated[float, Field(gt=0, le=1)]] = [0.8, 1.0]
+    """Least and largest area of a `random_resized` window, as parts of the image's."""
+    crop_ratio: Pair[PositiveFloat] = [0.75, 1.3333]
+    """Least and largest width / height of a `random_resized` window."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Part of a `folder` that is kept for validation."""
+    """Part of the images that is kept for validation where nothing else is named."""
     photos_train_crops: Count = 512
     """Training crops of `photos`."""
     photos_val_crops: NonNegativeInt = 64
@@ -112,6 +163,9 @@ class TrainConfig(BaseModel):
     """Seed of initialisation, data order and every random draw."""
     num_epochs: Count = 10
     """Passes over the training images; the learning-rate schedule ends with them."""
+    max_steps: Count | None = None
+    """Optimizer steps of the run in place of num_epochs: it and its learning-rate schedule end there; null: by
+    num_epochs."""
     batch_size: Count = 8
     """Images per forward pass of one process."""
     gradient_accumulation_steps: Count = 1
@@ -155,8 +209,9 @@ class TrainConfig(BaseModel):
     """Learning rate of the read-out."""
 
     # Optimizer
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    """Optimizer."""
+    optimizer: Literal["adamw", "adam", "adamw8bit", "muon"] = "adamw"
+    """`adamw`, `adam`; `adamw8bit`: AdamW with moments of 8 bits (bitsandbytes, CUDA alone); `muon`: Muon, at AdamW's
+    rates, for the attention and MLP matrices of the transformer blocks, AdamW for all else (PyTorch 2.9)."""
     learning_rate: PositiveFloat = 1e-4
     """Learning rate where no other is given."""
     encoder_lr: PositiveFloat | None = None
@@ -169,14 +224,20 @@ class TrainConfig(BaseModel):
     """Adam's decay rates of the first and second moment."""
     weight_decay: NonNegativeFloat = 0.01
     """Weight decay."""
+    decay_all: bool = True
+    """Decay every trained parameter; false: only the weights of linear layers and convolutions, not biases, norms,
+    registers, positional tables and mask tokens."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon."""
-    scheduler: Literal["cosine", "linear", "none"] = "cosine"
-    """Learning rate after the warm-up: falling to min_lr at the last step (cosine, linear), or constant (none)."""
+    scheduler: Literal["cosine", "linear", "wsd", "none"] = "cosine"
+    """Learning rate after the warm-up: falling to min_lr at the last step (cosine, linear), constant until the last
+    decay_steps and then linearly to min_lr (wsd: warm-up, stable, decay), or constant (none)."""
     warmup_steps: NonNegativeInt = 500
     """Steps of linear warm-up."""
+    decay_steps: Count | None = None
+    """Steps of the decay at the end (wsd); null: a tenth of the run."""
     min_lr: NonNegativeFloat = 1e-6
-    """Learning rate of the last step (cosine, linear)."""
+    """Learning rate of the last step (cosine, linear, wsd)."""
     use_ema: bool = False
     """Keep an exponential moving average of the model; validation, pictures and the export then use it."""
     ema_decay: Annotated[float, Field(ge=0, le=1)] = 0.9999
@@ -186,6 +247,9 @@ class TrainConfig(BaseModel):
     cache_latents: bool = False
     """Compute each image's latent distribution (mean, std) by the VAE once, before training, then read it from
     `cache_dir`; each step still samples its own latents from it."""
+    cache_crops: Count | None = None
+    """With random crops (`crop`) and a cache: so many crops of each image, mirrored or not, are drawn once and cached,
+    and each step takes one of them."""
     cache_dir: UserPath = "cache"
     """Folder of the caches (`cache_latents`, `repa_cache`); runs can share it."""
 
@@ -307,8 +371,12 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _older_forms(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Tuples for lists; `disable_gradient_checkpointing`, the older name with the opposite sense."""
+        """Tuples for lists; `random_crop`; `disable_gradient_checkpointing`, the older name with the opposite sense."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        if isinstance(values.get("random_crop"), bool):
+            random = values.pop("random_crop")
+            if random and values.setdefault("crop", "random") != "random":
+                raise ValueError(f"random_crop is true, but crop is {values['crop']}: remove random_crop")
         if isinstance(values.get("disable_gradient_checkpointing"), bool):
             enabled = not values.pop("disable_gradient_checkpointing")
             if values.setdefault("gradient_checkpointing", enabled) != enabled:
@@ -319,8 +387,8 @@ class TrainConfig(BaseModel):
     @classmethod
     def _known_dataset(cls, name: str) -> str:
         known = re.sub("[^a-z0-9]", "", name.lower())  # CelebA-HQ, celeba_hq ...
-        if known not in SPECIAL_DATASETS and (suggestion := nearest(known, SPECIAL_DATASETS)):
-            raise ValueError(f"dataset_name is {name!r}{suggestion}; use `folder` for others")
+        if known not in SPECIAL_DATASETS and (close := difflib.get_close_matches(known, SPECIAL_DATASETS, 1, 0.85)):
+            raise ValueError(f"dataset_name is {name!r} (did you mean {close[0]!r}?); use `folder` for others")
         return known if known in SPECIAL_DATASETS else name
 
     @field_validator("model")
@@ -343,8 +411,27 @@ class TrainConfig(BaseModel):
     def _contradictions(self) -> Iterator[str]:
         if not (self.train_encoder or self.train_decoder or self.train_vae):
             yield "train_encoder, train_decoder and train_vae are all false: there is nothing to train"
+        if self.posemb_scaling is not None and self.model is not None:
+            yield (
+                "posemb_scaling is interpolate, but model gives a new one, whose positional tables are for its own "
+                f"img_size: set posemb_scaling to null, and model.img_size, if it is given, to {self.img_size}"
+            )
         if self.parallel == "fsdp" and self.train_vae:
             yield "parallel is fsdp, but train_vae is true: a VAE is trained with ddp alone"
+        if self.parallel == "fsdp" and self.optimizer in ("muon", "adamw8bit"):
+            yield (
+                f"optimizer is {self.optimizer}, which needs whole parameters, but parallel is fsdp, which divides "
+                "them among the processes: set parallel: ddp, or optimizer: adamw"
+            )
+        if self.optimizer == "muon" and not (self.train_encoder or self.train_decoder):
+            yield (
+                "optimizer is muon, which trains the matrices of transformers, but train_encoder and train_decoder "
+                "are false: set optimizer: adamw"
+            )
+        for name in ("crop_scale", "crop_ratio"):
+            least, largest = getattr(self, name)
+            if least > largest:
+                yield f"{name} is {[least, largest]}, expected the least value first"
         if self.repa_cooldown_steps and self.repa_stop is None:
             yield (
                 f"repa_cooldown_steps is {self.repa_cooldown_steps}, but repa_stop is null: set the step at which the "
@@ -353,10 +440,10 @@ class TrainConfig(BaseModel):
         if self.repa_layers is not None and len(set(self.repa_layers)) != len(self.repa_layers or [0, 0]):
             yield f"repa_layers is {self.repa_layers}, expected different layers, at least one, or null"
         for name in ("cache_latents", "repa_cache"):
-            if getattr(self, name) and self.random_crop:
+            if getattr(self, name) and self.crop.startswith("random") and self.cache_crops is None:
                 yield (
-                    f"{name} is true, but random_crop too, so that an image would have other values in every epoch: "
-                    "set one of them to false (use_augmentation may stay: mirrored images are cached too)"
+                    f"{name} is true, but crop is {self.crop}, so that an image would have other values in every epoch:"
+                    f" set cache_crops: 10 to cache ten crops of each, or crop: center, or {name}: false"
                 )
         if self.cache_latents and self.train_vae:
             yield "cache_latents is true, but train_vae too: the latents of a VAE that is trained change"
@@ -365,6 +452,20 @@ class TrainConfig(BaseModel):
         """Warnings about settings that can be computed, but are hardly meant."""
         if self.use_repa and self.repa_weight == 0:
             yield "repa_weight is 0: the alignment is computed and moves nothing; use_repa: false saves its work"
+        if self.cache_crops is not None and not self.crop.startswith("random"):
+            yield f"cache_crops is {self.cache_crops}, but crop is {self.crop}, of which there is one for each image"
+        if self.decay_steps is not None and self.scheduler != "wsd":
+            yield f"decay_steps is {self.decay_steps}, but scheduler is {self.scheduler}: only wsd has such a decay"
+        flow = self.flow or FlowSettings()
+        if flow.logit_normal_sigmas is not True and (flow.logit_normal_mean, flow.logit_normal_std) != (None, None):
+            yield (
+                "flow.logit_normal_mean and _std do nothing where the model's noise levels are not logit-normal: set "
+                "flow.logit_normal_sigmas: true"
+            )
+        if flow.logit_normal_sigmas and flow.mode_scale is not None:
+            yield "flow.mode_scale does nothing, because flow.logit_normal_sigmas is true"
+        if flow.mode_scale is not None and not -1 <= flow.mode_scale <= 1.75:
+            yield f"flow.mode_scale is {flow.mode_scale:g}: only from -1 to 1.75 is it a distribution over 0 to 1"
         stop, together = self.repa_stop, self.repa_warmup_steps + self.repa_cooldown_steps
         if self.use_repa and stop is not None and together > stop:
             yield (
@@ -384,8 +485,12 @@ class TrainConfig(BaseModel):
             factor *= left if self.repa_cooldown == "linear" else 0.5 * (1 - math.cos(math.pi * left))
         return factor
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the run."""
+        return self.max_steps or self.num_epochs * steps_per_epoch
+
     def learning_rates(self) -> dict[str, float]:
-        """Base learning rate of each optimizer group in use."""
+        """Base learning rate of each part that is trained."""
         rates = {
             group: getattr(self, f"{group}_lr") or self.learning_rate
             for group in ("encoder", "decoder", "vae")
@@ -396,6 +501,11 @@ class TrainConfig(BaseModel):
         if self.uses_readout:
             rates["readout"] = self.readout_lr
         return rates
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether the run starts from codes that someone may have built on."""
+        return self.model is None and not self.train_from_scratch and self.fsq_levels is None
 
     @property
     def uses_readout(self) -> bool:
@@ -433,7 +543,7 @@ class TrainConfig(BaseModel):
 EXPECTED = {
     "bool_type": "true or false", "int_type": "a whole number", "float_type": "a number",
     "finite_number": "a finite number", "string_type": "text", "dict_type": "a mapping",
-    "list_type": "a list of values", "too_short": "at least {min_length} values",
+    "model_type": "a mapping", "list_type": "a list of values", "too_short": "at least {min_length} values",
     "too_long": "at most {max_length} values", "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge:g}", "less_than": "less than {lt:g}", "less_than_equal": "at most {le:g}",
 }  # fmt: skip
@@ -441,34 +551,40 @@ EXPECTED = {
 
 def _sentences(error: ValidationError, settings: dict[str, Any]) -> Iterator[str]:
     """One sentence for each setting that is wrong: what was given, what was expected, what to do."""
-    expected: dict[str, list[str]] = {}  # by setting; of a union, what each of its types expects
+    expected: dict[tuple[str, ...], list[str]] = {}  # by setting; of a union, what each of its types expects
     for problem in error.errors():
-        kind, name, context = problem["type"], str(next(iter(problem["loc"]), "")), problem.get("ctx", {})
+        kind, context = problem["type"], problem.get("ctx", {})
+        path = tuple(map(str, problem["loc"][: 2 if problem["loc"][:1] == ("flow",) else 1]))
+        fields = (FlowSettings if len(path) > 1 else TrainConfig).model_fields
         if kind == "value_error":  # of a validator above, which wrote the sentence
             yield str(context["error"])
         elif kind == "extra_forbidden":
-            yield f"unknown setting: {shown(name)}{nearest(name, TrainConfig.model_fields)}"
+            yield f"unknown setting: {shown('.'.join(path))}{nearest(path[-1], fields)}"
         else:
             if kind == "literal_error":  # 'a', 'b' or 'c'
                 choices = re.findall("'(.*?)'", context["expected"])
                 text = f"{'one of ' if len(choices) > 1 else ''}{', '.join(choices)}"
             else:
                 text = EXPECTED.get(kind, problem["msg"]).format(**context)
-            if text not in expected.setdefault(name, []):
-                expected[name].append(text)
-    for name, texts in expected.items():
-        value, types = settings[name], typing.get_args(TrainConfig.model_fields[name].annotation)
-        hint = nearest(value, [choice for choice in types if isinstance(choice, str)])
+            if text not in expected.setdefault(path, []):
+                expected[path].append(text)
+    for path, texts in expected.items():
+        value, fields = settings[path[0]], TrainConfig.model_fields
+        if len(path) > 1:
+            value, fields = value[path[1]], FlowSettings.model_fields
+        types = typing.get_args(fields[path[-1]].annotation)
+        choices = [choice for of in types for choice in (of, *typing.get_args(of)) if isinstance(choice, str)]
+        hint = nearest(value, choices)
         if "number" in texts[0] and re.search(r"'[-+.\deE]*\d'", repr(value)):
             hint = ": remove the quotes"
         elif "text" in texts and isinstance(value, int | float):
             hint = ": put it in quotes"
         texts += ["null"] if type(None) in types else []
-        yield f"{name} is {shown(value)}, expected {' or '.join(texts)}{hint}"
+        yield f"{'.'.join(path)} is {shown(value)}, expected {' or '.join(texts)}{hint}"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file and apply overrides `key=value`; `model.key=value` reaches into `model`.
+    """Read a YAML file and apply overrides `key=value`; `model.key=value` reaches into `model`, as into `flow`.
 
     What follows `=` is YAML; for a setting that is text it is that text as it stands, `null` or nothing meaning null.
 
@@ -512,41 +628,18 @@ def _override(name: str, text: str) -> Any:
     return None if text in ("", "null") and field.default is None else text
 
 
-def write_config(folder: Path, config: TrainConfig) -> None:
-    """Write the settings of a run to `config.yaml` in a folder; load_config reads it."""
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text))
-
-
-def new_run_dir(config: TrainConfig) -> Path:
-    """Make the folder of a new run, by name and date under `checkpoint_dir`; no two runs get the same.
-
-    Raises:
-        UserError: It cannot be made.
-    """
-    name = f"{folder_name(config.wandb_run_name)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    for i in itertools.count(1):
-        folder = Path(config.checkpoint_dir, name if i == 1 else f"{name}-{i}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(
-                f"cannot make {folder}: {error}. Give another folder (--run-dir, or checkpoint_dir)"
-            ) from error
-    raise AssertionError
-
-
 # For documentation and editors
 
 
 def settings_table(names: Sequence[str]) -> str:
     """Markdown table of settings: name, default, meaning."""
     rows = ["| setting | default | meaning |", "|---|---|---|"]
+    fields = {}
     for name in names:
-        field = TrainConfig.model_fields[name]
+        fields[name] = TrainConfig.model_fields[name]
+        if name == "flow":
+            fields.update({f"flow.{key}": field for key, field in FlowSettings.model_fields.items()})
+    for name, field in fields.items():
         default = yaml.safe_dump(field.default, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
         rows.append(f"| `{name}` | `{default}` | {' '.join(field.description.split())} |")
     return "\n".join(rows)
@@ -565,7 +658,8 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of a config file."""
     schema, model = TrainConfig.model_json_schema(), model_schema()
     schema["properties"]["model"]["anyOf"][0] = model
-    for entry in [*schema["properties"].values(), *model["properties"].values()]:
+    flow = schema["$defs"]["FlowSettings"]["properties"]
+    for entry in [*schema["properties"].values(), *model["properties"].values(), *flow.values()]:
         entry.pop("title", None)
         if "description" in entry:
             entry["description"] = " ".join(entry["description"].split())

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,17 +29,22 @@ class Losses(nn.Module):
         return self.compute(*arguments)
 
 
-def data_parallel(modules: list[nn.Module], compute: Callable[..., dict[str, torch.Tensor]]) -> nn.Module:
-    """`compute` as a module whose backward pass averages the gradients of `modules`, if any, over the processes."""
-    losses = Losses(modules, compute)
-    if world_size() == 1 or not modules:
+def data_parallel(compute: Callable[..., dict[str, torch.Tensor]], parts: dict[str, nn.Module]) -> nn.Module:
+    """`compute` as a module whose backward pass averages the gradients of `parts`, if any, over the processes."""
+    losses = Losses(called_modules(parts), compute)
+    if world_size() == 1 or not parts:
         return losses
     with warnings.catch_warnings():  # the newer name of the argument is not known to older versions
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(losses, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def shard(parts: list[nn.Module], device: torch.device) -> None:
+def called_modules(parts: dict[str, nn.Module]) -> list[nn.Module]:
+    """The modules of `parts` that have a forward pass: those in a ModuleList, not itself."""
+    return [m for part in parts.values() for m in (part if isinstance(part, nn.ModuleList) else [part])]
+
+
+def shard(parts: dict[str, nn.Module], device: torch.device) -> None:
     """Divide the parameters of `parts` among the processes (FSDP2, arXiv 2304.11277), each transformer block a unit.
 
     Parameters are gathered in fp32 and autocast casts them, as it does under DDP: the same numbers.
@@ -48,7 +53,7 @@ def shard(parts: list[nn.Module], device: torch.device) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (world_size(),))
     settings = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    for part in parts:
+    for part in called_modules({name: part for name, part in parts.items() if name != "vae"}):  # which stays frozen
         for module in part.modules():
             if isinstance(module, TransformerBlock):
                 fully_shard(module, **settings)
@@ -56,13 +61,13 @@ def shard(parts: list[nn.Module], device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def sync_gradients(losses: nn.Module, parts: Iterable[nn.Module], last: bool, keep: bool):
+def sync_gradients(losses: nn.Module, parts: dict[str, nn.Module], last: bool, keep: bool):
     """Whether a backward pass inside the context reduces gradients over the processes.
 
     DDP reduces those of the last micro-batch of a step, in which the others are summed. So does FSDP with `keep`, but
     then keeps whole fp32 gradients until then; without, each micro-batch is reduced, and only shards are kept.
     """
-    for part in parts:
+    for part in called_modules(parts):
         if isinstance(part, FSDPModule):
             part.set_requires_gradient_sync(last or not keep)
     with contextlib.nullcontext() if last or not hasattr(losses, "no_sync") else losses.no_sync():
@@ -116,8 +121,11 @@ def from_rank_0(value: Any, like: torch.Tensor) -> Any:
     """Process 0's tensor in all processes, on the device of `like`, and divided as that is if the shapes agree.
 
     Args:
-        value: The tensor in process 0, one of its shape (on the meta device) in the others; anything else stays.
+        value: The tensor in process 0, one of its shape (on the meta device) in the others; or a dict of these;
+            anything else stays.
     """
+    if isinstance(value, dict):
+        return {key: from_rank_0(entry, like) for key, entry in value.items()}
     if not isinstance(value, torch.Tensor) or world_size() == 1:
         return value
     value = value.to(like.device) if rank() == 0 else torch.empty_like(value, device=like.device)

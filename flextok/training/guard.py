@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,6 +70,16 @@ class StopRequest:
             yield
         finally:
             self._waiting = False
+
+    def interruptible(self, batches: Iterable) -> Iterator:
+        """The batches of a loader; a signal ends the wait for one that does not come."""
+        batches = iter(batches)
+        while True:
+            with self.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def raise_if_set(self, device: torch.device) -> None:
         """Raise AskedToStop if any process was asked to stop; every process has to call this. Synchronizes."""

@@ -9,9 +9,10 @@ import torch
 import torch.nn as nn
 
 from ..flextok_wrapper import CONFIG_NAME, WEIGHTS_NAME, FlexTokFromHub, build_model, flat_config, weights_file
-from ..model.builder import PRESETS, build_config, preset_config, with_fsq_levels
+from ..model.builder import PRESETS, build_config, preset_config, with_flow, with_fsq_levels
 from ..model.preprocessors.patching import PatchEmbedder
 from ..model.trunks.transformers import TransformerBlock
+from ..model.utils.posembs import PositionalEmbedding
 from ..utils.checkpoint import CheckpointError, load_metadata, load_safetensors
 from ..utils.config import ConfigError
 from ..utils.dtypes import DTYPES, computes_bf16, faster_in_bf16, name_of
@@ -81,6 +82,37 @@ def known_model_config(config: TrainConfig) -> dict | None:
     return flat_config(header)
 
 
+def with_settings(model_config: dict, config: TrainConfig) -> tuple[dict, list[str]]:
+    """A model's config with the settings `fsq_levels` and `flow`, and the layers that need new weights by them."""
+    fresh: list[str] = []
+    if config.fsq_levels is not None and config.fsq_levels != model_config["regularizer"].get("levels"):
+        model_config, fresh = with_fsq_levels(model_config, config.fsq_levels)
+    if config.flow is not None:
+        model_config = with_flow(model_config, **config.flow.model_dump())
+    return model_config, fresh
+
+
+def model_without_weights(config: TrainConfig) -> FlexTokFromHub | None:
+    """The run's model on the meta device, checked against the settings; None if its config is still on the Hub.
+
+    Raises:
+        ConfigError: The model does not take images of `img_size`, or has no layer that REPA could align.
+    """
+    model_config = known_model_config(config)
+    if model_config is None:
+        return None
+    model_config, _ = with_settings(model_config, config)
+    model_config["vae"].pop("hf_hub_path", None)
+    with torch.device("meta"):
+        model = FlexTokFromHub(model_config)
+    if config.posemb_scaling == "interpolate":
+        interpolate_posembs(model, config.img_size)
+    check_image_size(model, config.img_size)
+    if config.use_repa:
+        check_repa_model(model, config.repa_layers)
+    return model
+
+
 def load_model(config: TrainConfig) -> FlexTokFromHub:
     """Build or load the model of a run, on the CPU.
 
@@ -92,18 +124,15 @@ def load_model(config: TrainConfig) -> FlexTokFromHub:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(address_key(config.seed, "model") >> 1)
         if config.model is not None:
-            model_config = new_model_config(config)
-            if config.fsq_levels is not None:
-                model_config, _ = with_fsq_levels(model_config, config.fsq_levels)
-            return FlexTokFromHub(model_config)
+            return FlexTokFromHub(with_settings(new_model_config(config), config)[0])
         model_config, tensors = _fetch(config.model_name, config.model_revision)
-        levels_differ = config.fsq_levels is not None and config.fsq_levels != model_config["regularizer"].get("levels")
-        fresh = []
-        if levels_differ:
-            model_config, fresh = with_fsq_levels(model_config, config.fsq_levels)
+        model_config, fresh = with_settings(model_config, config)
         if config.train_from_scratch:
             fresh = ["encoder", "decoder"]
-        return build_model(model_config, tensors, config.model_name, fresh=fresh)
+        model = build_model(model_config, tensors, config.model_name, fresh=fresh)
+        if config.posemb_scaling == "interpolate":
+            interpolate_posembs(model, config.img_size)
+        return model
 
 
 def _fetch(model_name: str, revision: str | None = None) -> "tuple[dict, dict]":
@@ -215,15 +244,39 @@ def compile_blocks(model: nn.Module) -> None:
             module.compile()
 
 
-def check_image_size(model: nn.Module, img_size: int) -> None:
-    """Raise ConfigError unless the model takes square images of this size; `model` is on the meta device."""
+def latents_side(model: nn.Module, img_size: int) -> int:
+    """Side of the latents of square images; raises ConfigError if the VAE makes none of this size."""
     factor = getattr(model.vae, "downsample_factor", None)
     if factor is None:
         raise ConfigError(f"the model's vae is a {type(model.vae).__name__}, which makes no latents of images")
     if img_size % factor:
         raise ConfigError(f"img_size is {img_size}, expected a multiple of {factor}, the VAE's pixels per latent")
+    return img_size // factor
+
+
+def interpolate_posembs(model: FlexTokFromHub, img_size: int) -> None:
+    """Resize the positional tables of a model's patches to images of another size; its config says so afterwards."""
+    side = latents_side(model, img_size)
+    for part in ("encoder", "decoder"):
+        modules = getattr(model, part).module_dict
+        patch_sizes = next(module.patch_sizes for module in modules.values() if isinstance(module, PatchEmbedder))
+        if any(side % size for size in patch_sizes):
+            raise ConfigError(
+                f"img_size is {img_size}, expected a multiple of {max(patch_sizes) * model.vae.downsample_factor}, the "
+                "pixels per patch"
+            )
+        grid = [side // size for size in patch_sizes]
+        for name, module in modules.items():
+            if isinstance(module, PositionalEmbedding) and len(module.max_sizes) == len(grid):
+                module.resize(grid)
+                model.config[part]["module_dict"][name].update(max_sizes=grid, posemb_scaling="interpolate")
+
+
+def check_image_size(model: nn.Module, img_size: int) -> None:
+    """Raise ConfigError unless the model takes square images of this size; `model` is on the meta device."""
+    side = latents_side(model, img_size)
     with torch.device("meta"), torch.no_grad(), evaluating(model):
-        latents = torch.empty(1, model.vae.latent_channels, img_size // factor, img_size // factor)
+        latents = torch.empty(1, model.vae.latent_channels, side, side)
         draws = BatchRandom(0, 0, torch.zeros(1, dtype=torch.long))
         data_dict = {model.vae.vae_latents_write_key: latents, RANDOM_KEY: draws}
         try:

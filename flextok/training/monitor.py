@@ -7,16 +7,15 @@ import math
 import netrc
 import os
 import queue
-import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
+from ..utils.network import reachable
 from ..utils.processes import rank
 from .checkpoints import truncate_metrics
 
@@ -214,19 +213,12 @@ def wandb_mode() -> str:
     asked = os.environ.get("WANDB_MODE", "online")
     if asked != "online":
         return asked
-    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     if not os.environ.get("WANDB_API_KEY"):
         try:
-            login = netrc.netrc(os.environ.get("NETRC")).authenticators(url.hostname)
+            login = netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(url).hostname)
         except (OSError, netrc.NetrcParseError):
             login = None
         if login is None:
             return "offline"
-    proxy = urllib.request.getproxies().get(url.scheme)
-    if proxy is not None:
-        url = urlsplit(proxy)
-    try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
-    except OSError:
-        return "offline"
-    return "online"
+    return "online" if reachable(url) else "offline"

@@ -42,6 +42,9 @@ def summary(
             )
             parts.append(f"{part} {state}")
         lines.append(("parameters", ", ".join(parts)))
+    if config.flow is not None:
+        changed = config.flow.model_dump(exclude_none=True)
+        lines.append(("flow", ", ".join(f"{name} {value}" for name, value in changed.items()) or "the model's own"))
     if config.use_repa:
         lines += repa_summary(config, model, device)
     else:
@@ -55,9 +58,10 @@ def summary(
     )
     global_batch = config.batch_size * config.accumulation(world_size()) * world_size()
     steps = -(-len(train_dataset) // global_batch)
-    lines.append(
-        ("steps", f"{config.num_epochs} epochs x {steps} = {config.num_epochs * steps}, {global_batch} images each")
-    )
+    text = f"{config.num_epochs} epochs x {steps} = {config.total_steps(steps)}"
+    if config.max_steps is not None:
+        text = f"{config.max_steps} (max_steps), {config.max_steps / steps:.3g} epochs of {steps}"
+    lines.append(("steps", f"{text}, {global_batch} images each"))
     dtype = autocast_dtype(device) if config.use_amp else None
     where = device if world_size() == 1 else f"{world_size()} processes ({config.parallel}), this one on {device}"
     text = "fp32" if dtype is None else f"{name_of(dtype)} autocast"

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,6 +12,7 @@ from ..data.batch import plain_images
 from ..evaluation.tokens import code_statistics
 from ..utils.config import ConfigError, nearest
 from ..utils.random import RANDOM_KEY, TOKENS_STEP, BatchRandom
+from .config import TrainConfig
 
 log = logging.getLogger("flextok")
 
@@ -148,18 +148,16 @@ def tokens_warning(tokens: torch.Tensor | None = None, psnr_by_count: dict[int, 
     return ""
 
 
-def check_best_metric(config: Any, n_registers: int, picture_counts: list[int], fine_tunes: bool) -> None:
+def check_best_metric(config: TrainConfig, n_registers: int, picture_counts: list[int]) -> None:
     """Raise ConfigError unless the validations of a run log its `best_metric`.
 
     Args:
-        config: TrainConfig.
         n_registers: Largest number of tokens per image.
         picture_counts: Token counts in pictures.
-        fine_tunes: Whether `val/codes_kept` is logged.
     """
     names = ["loss", "flow_loss", *["vae_loss"] * config.train_vae, *["repa_loss"] * config.use_repa]
     if config.val_token_images:
-        names += metric_names(n_registers) + ["codes_kept"] * fine_tunes
+        names += metric_names(n_registers) + ["codes_kept"] * config.fine_tunes
     names = [f"val/{name}" for name in names + [f"psnr_k{k}" for k in picture_counts]]
     if config.best_metric not in names:
         raise ConfigError(

@@ -9,7 +9,7 @@ import functools
 import importlib
 import inspect
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .errors import UserError
@@ -49,19 +49,10 @@ ALLOWED_TARGETS = frozenset(
         "flextok.regularizers.quantize_fsq.FSQ",
     }
 )
-ALLOWED_FUNCTIONS = frozenset(
-    {"flextok.model.utils.dict_ops.channels_first_to_last", "flextok.model.utils.dict_ops.channels_last_to_first"}
+ALLOWED_FUNCTIONS = (
+    "flextok.model.utils.dict_ops.channels_first_to_last",
+    "flextok.model.utils.dict_ops.channels_last_to_first",
 )
-# Names that published configs may hold, but that no published image tokenizer needs.
-UNSUPPORTED_TARGETS = frozenset(
-    {
-        "flextok.model.utils.dict_ops.PerSampleReducer",
-        _PREPROCESSORS + "mask_tokens.MaskTokenModule",
-        _POSTPROCESSORS + "heads.MLPHead",
-        "flextok.model.trunks.transformers.FlexTransformerDecoder",
-    }
-)
-
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200  # characters
 _SHORT.maxlist = _SHORT.maxdict = 10  # items
@@ -82,27 +73,15 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def _lookup(target: Any, where: str):
+def _lookup(target: Any, where: str) -> Callable:
     """The class or function behind an allowed dotted name."""
-    if not isinstance(target, str):
-        raise ConfigError(f"{where}: _target_ is {shown(target)}, expected a dotted name")
-    if target in UNSUPPORTED_TARGETS:
-        raise ConfigError(f"{where}: _target_ {target!r} is not supported by this package")
-    if target not in ALLOWED_TARGETS:
+    if not isinstance(target, str) or target not in ALLOWED_TARGETS:
         raise ConfigError(
             f"{where}: _target_ {shown(target)} is not allowed{nearest(target, ALLOWED_TARGETS)}; a config can only "
             "build the parts of FlexTok that flextok.utils.config.ALLOWED_TARGETS lists"
         )
     module, name = target.rsplit(".", 1)
     return getattr(importlib.import_module(module), name)
-
-
-def _signature(target) -> inspect.Signature:
-    """The arguments that `target` takes, of a class those of its constructor."""
-    if not inspect.isclass(target):
-        return inspect.signature(target)
-    signature = inspect.signature(target.__init__)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def instantiate(config: Any, _where: str = "config", **extra) -> Any:
@@ -124,41 +103,32 @@ def instantiate(config: Any, _where: str = "config", **extra) -> Any:
     if "_target_" not in config:
         return {key: instantiate(value, f"{_where}.{key}") for key, value in config.items()}
 
-    if config["_target_"] == "hydra.utils.get_method":
-        path = config.get("path")
-        if set(config) - {"_target_", "path"} or not isinstance(path, str) or path not in ALLOWED_FUNCTIONS:
+    name = config["_target_"]
+    if name == "hydra.utils.get_method":
+        if config.get("path") not in ALLOWED_FUNCTIONS:
             raise ConfigError(
-                f"{_where}: hydra.utils.get_method of {shown(path)} is not allowed, only of {sorted(ALLOWED_FUNCTIONS)}"
+                f"{_where}: hydra.utils.get_method of {shown(config.get('path'))} is not allowed, only of "
+                f"{', '.join(ALLOWED_FUNCTIONS)}"
             )
-        return _lookup(path, _where)
+        return _lookup(config["path"], _where)
 
-    target = _lookup(config["_target_"], _where)
-    partial = config.get("_partial_", False)
-    if not isinstance(partial, bool):
-        raise ConfigError(f"{_where}: _partial_ is {shown(partial)}, expected true or false")
+    target = _lookup(name, _where)
+    signature = inspect.signature(target.__init__ if inspect.isclass(target) else target)
+    known = [key for key in signature.parameters if key != "self"]
     given = {key: value for key, value in config.items() if key not in ("_target_", "_partial_")}
-    signature = _signature(target)
     for key in given:
-        if key not in signature.parameters:
+        if key not in known:
             raise ConfigError(
-                f"{_where}: {config['_target_']} takes no argument "
-                f"{shown(key)}{nearest(key, signature.parameters)}; it takes "
-                f"{', '.join(signature.parameters)}"
+                f"{_where}: {name} takes no argument {shown(key)}{nearest(key, known)}; it takes {', '.join(known)}"
             )
-    if config["_target_"].endswith(".FlexTokFromHub"):  # takes the tree itself, not what it describes
-        arguments = given
-    else:
-        arguments = {key: instantiate(value, f"{_where}.{key}") for key, value in given.items()}
-    arguments.update(extra)
-    if partial:
-        return functools.partial(target, **arguments) if arguments else target
+    if not name.endswith(".FlexTokFromHub"):  # which takes the tree itself, not what it describes
+        given = {key: instantiate(value, f"{_where}.{key}") for key, value in given.items()}
+    given.update(extra)
+    if config.get("_partial_"):
+        return functools.partial(target, **given) if given else target
     try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"{_where}: {config['_target_']}: {error}") from None
-    try:
-        return target(**arguments)
+        return target(**given)
     except ConfigError:
         raise
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError, MemoryError) as error:
-        raise ConfigError(f"{_where}: {config['_target_']}: {error}") from error
+    except Exception as error:  # of whatever a constructor makes of wrong values
+        raise ConfigError(f"{_where}: {name}: {error}") from error

@@ -34,8 +34,3 @@ def per_subsequence(
 def scale_and_shift(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x [..., n, D], modulated by shift and scale [..., 1, D]."""
     return x * (1 + scale) + shift
-
-
-def gate(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x [..., n, D], times a factor [..., 1, D]."""
-    return factor * x

@@ -38,10 +38,7 @@ class LinearHead(nn.Module):
     ):
         super().__init__()
         if use_mup_readout:
-            raise NotImplementedError(
-                f"{type(self).__name__}: use_mup_readout: true is not supported (no published FlexTok "
-                "uses it); set it to false"
-            )
+            raise NotImplementedError(f"{type(self).__name__}: use_mup_readout: true is not supported, set it to false")
         if adaLN_packing_fn_read_key is not None:
             raise NotImplementedError(f"{type(self).__name__}: adaLN_packing_fn_read_key is not supported")
         self.read_key = read_key
@@ -92,19 +89,9 @@ class ToPatchesLinearHead(LinearHead):
     ):
         p1, p2 = patch_sizes
         super().__init__(
-            read_key,
-            write_key,
-            dim,
-            p1 * p2 * channels_out,
-            use_mup_readout,
-            weight_init_style,
-            norm_layer,
-            dtype_override,
-            adaLN_emb_read_key,
-            adaLN_packing_fn_read_key,
-            adaLN_bias,
-            proj_bias,
-        )
+            read_key, write_key, dim, p1 * p2 * channels_out, use_mup_readout, weight_init_style, norm_layer,
+            dtype_override, adaLN_emb_read_key, adaLN_packing_fn_read_key, adaLN_bias, proj_bias,
+        )  # fmt: skip
         self.patch_sizes = (p1, p2)
 
     def forward(self, data_dict: dict) -> dict:

@@ -7,10 +7,16 @@ from ...utils.batching import as_batch_tensor, per_image
 from ...utils.random import BatchRandom
 
 
-class _NullCond(nn.Module):
-    """Replaces what stands under `read_write_key`, [B, ..., D], for the images whose condition is dropped."""
+class ZeroNullCond(nn.Module):
+    """Every token of a dropped image, in [B, ..., D], becomes zero.
 
-    def __init__(self, read_write_key: str, eval_drop_flag_read_key: str, dropout_prob: float):
+    An image is dropped with `dropout_prob` in training, and where data_dict[eval_drop_flag_read_key] (booleans, one
+    per image) is true in evaluation.
+    """
+
+    def __init__(
+        self, read_write_key: str, eval_drop_flag_read_key: str = "eval_dropout_mask", dropout_prob: float = 0.1
+    ):
         super().__init__()
         if not 0.0 <= dropout_prob <= 1.0:
             raise ValueError(f"dropout_prob is {dropout_prob}, expected 0 to 1")
@@ -20,7 +26,7 @@ class _NullCond(nn.Module):
 
     def null(self, x: torch.Tensor) -> torch.Tensor:
         """What the tokens of a dropped image become, [D] or []."""
-        raise NotImplementedError
+        return x.new_zeros(())
 
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.read_write_key]
@@ -34,12 +40,8 @@ class _NullCond(nn.Module):
         return data_dict
 
 
-class LearnedNullCond(_NullCond):
-    """Every token of a dropped image, in [B, ..., D], becomes the learned `nullcond` [D].
-
-    An image is dropped with `dropout_prob` in training, and where data_dict[eval_drop_flag_read_key] (booleans, one
-    per image) is true in evaluation.
-    """
+class LearnedNullCond(ZeroNullCond):
+    """As ZeroNullCond, with the learned token `nullcond` [D] instead of zeros."""
 
     def __init__(
         self,
@@ -57,15 +59,3 @@ class LearnedNullCond(_NullCond):
 
     def null(self, x: torch.Tensor) -> torch.Tensor:
         return self.nullcond.to(x.dtype)
-
-
-class ZeroNullCond(_NullCond):
-    """As LearnedNullCond, with zeros instead of a learned token."""
-
-    def __init__(
-        self, read_write_key: str, eval_drop_flag_read_key: str = "eval_dropout_mask", dropout_prob: float = 0.1
-    ):
-        super().__init__(read_write_key, eval_drop_flag_read_key, dropout_prob)
-
-    def null(self, x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(())

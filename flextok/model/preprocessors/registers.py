@@ -51,23 +51,20 @@ class Registers1D(nn.Module):
         self.register_sizes_read_write_key = register_sizes_read_write_key
         self.n_max = n_max
         self.n_eval = n_max if n_eval is None else n_eval
-        self.sizes = self._sizes(size_sampling_mode, n_min, n_max)
+        self.sizes: Sequence[int] = range(n_min, n_max + 1)
+        if size_sampling_mode != "uniform":
+            self.sizes = []
+            if size_sampling_mode == "powers_of_two":
+                self.sizes = [1 << i for i in range(n_max.bit_length()) if n_min <= 1 << i <= n_max]
+            elif re.fullmatch(r"k=\d+(-\d+)*", size_sampling_mode):
+                self.sizes = [int(k) for k in size_sampling_mode[2:].split("-")]
+            if not self.sizes or min(self.sizes) < 1 or max(self.sizes) > n_max:
+                raise ValueError(
+                    f"size_sampling_mode is {size_sampling_mode!r}, expected uniform, powers_of_two or a list like "
+                    f"k=1-2-4 of numbers up to {n_max}"
+                )
         self.registers = nn.Parameter(torch.empty(n_max, dim))
         nn.init.trunc_normal_(self.registers, std=0.02)
-
-    @staticmethod
-    def _sizes(mode: str, n_min: int, n_max: int) -> Sequence[int]:
-        if mode == "uniform":
-            return range(n_min, n_max + 1)
-        if mode == "powers_of_two":
-            sizes = [1 << i for i in range(n_max.bit_length()) if n_min <= 1 << i <= n_max]
-        elif re.fullmatch(r"k=\d+(-\d+)*", mode):
-            sizes = [int(k) for k in mode[2:].split("-")]
-        else:
-            raise ValueError(f"size_sampling_mode is {mode!r}, expected uniform, powers_of_two or a list like k=1-2-4")
-        if not sizes or min(sizes) < 1 or max(sizes) > n_max:
-            raise ValueError(f"size_sampling_mode {mode!r} leaves no register count between {n_min} and {n_max}")
-        return sizes
 
     def forward(self, data_dict: dict) -> dict:
         like = data_dict[self.read_key]

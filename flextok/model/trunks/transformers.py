@@ -1,6 +1,5 @@
 """The transformer of encoder and decoder."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,18 +7,19 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from ...utils.random import BatchRandom
-from ..layers.adaln import adaln_modulation, gate, per_subsequence, scale_and_shift
+from ..layers.adaln import adaln_modulation, per_subsequence, scale_and_shift
 from ..layers.attention import Attention, BlockCausalMask
-from ..layers.mlp import GatedMlp, Mlp
+from ..layers.mlp import Mlp
 from ..layers.norm import Fp32LayerNorm
 
 N_MODULATIONS = 6  # gate_msa, gate_mlp, shift_msa, scale_msa, shift_mlp, scale_mlp
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block, modulated by an embedding if `adaLN_expansion` > 0.
+    """Pre-norm block of width `dim`, modulated by an embedding if `adaLN_expansion` > 0.
 
     Args:
+        norm_layer: Factory of the two norms.
         adaLN_expansion: Number of sub-sequences with a modulation of their own; 0: no modulation.
         drop: Dropout after the attention's and the MLP's last layer.
         drop_path: Probability that an image skips each residual branch in training.
@@ -29,20 +29,12 @@ class TransformerBlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        head_dim: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        proj_bias: bool,
-        mlp_bias: bool,
+        attn: Attention,
+        mlp: Mlp,
+        norm_layer: Callable,
+        adaLN_expansion: int,
         drop: float,
         drop_path: float,
-        act_layer: Callable,
-        norm_layer: Callable,
-        gated_mlp: bool,
-        qk_norm: bool,
-        weight_init_style: str,
-        zero_init_query_proj: bool,
-        adaLN_expansion: int,
         name: str,
     ):
         super().__init__()
@@ -51,11 +43,9 @@ class TransformerBlock(nn.Module):
         self.adaLN_expansion = adaLN_expansion
         self.name = name
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(
-            dim, head_dim, qkv_bias, proj_bias, qk_norm, norm_layer, weight_init_style, zero_init_query_proj
-        )
+        self.attn = attn
         self.norm2 = norm_layer(dim)
-        self.mlp = (GatedMlp if gated_mlp else Mlp)(dim, mlp_ratio, act_layer, mlp_bias, weight_init_style)
+        self.mlp = mlp
         if adaLN_expansion:
             self.adaLN_modulation = adaln_modulation(dim, adaLN_expansion * N_MODULATIONS * dim)
 
@@ -85,9 +75,9 @@ class TransformerBlock(nn.Module):
         modulation = self.adaLN_modulation(embedding).unflatten(-1, (self.adaLN_expansion, N_MODULATIONS, -1))
         gate_msa, gate_mlp, shift_msa, scale_msa, shift_mlp, scale_mlp = modulation.unbind(2)  # each [B, parts, D]
         y = self.attn(per_subsequence(scale_and_shift, self.norm1(x), (shift_msa, scale_msa), lengths), mask)
-        x = x + per_subsequence(gate, self._dropped(y, random, "attn"), (gate_msa,), lengths)
+        x = x + per_subsequence(torch.mul, self._dropped(y, random, "attn"), (gate_msa,), lengths)
         y = self.mlp(per_subsequence(scale_and_shift, self.norm2(x), (shift_mlp, scale_mlp), lengths))
-        return x + per_subsequence(gate, self._dropped(y, random, "mlp"), (gate_mlp,), lengths)
+        return x + per_subsequence(torch.mul, self._dropped(y, random, "mlp"), (gate_mlp,), lengths)
 
 
 class FlexTransformer(nn.Module):
@@ -152,27 +142,15 @@ class FlexTransformer(nn.Module):
         self.depth = depth
         self.use_act_checkpoint = use_act_checkpoint
         self.drops = drop > 0 or drop_path_rate > 0
-        make_block = functools.partial(
-            TransformerBlock,
-            dim=dim,
-            head_dim=head_dim,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            proj_bias=proj_bias,
-            mlp_bias=mlp_bias,
-            drop=drop,
-            act_layer=act_layer,
-            norm_layer=norm_layer,
-            gated_mlp=gated_mlp,
-            qk_norm=qk_norm,
-            weight_init_style=weight_init_style,
-            zero_init_query_proj=zero_init_query_proj,
-            adaLN_expansion=adaLN_expansion if adaLN_emb_read_key is not None else 0,
-        )
-        self.blocks = nn.ModuleList(
-            make_block(drop_path=drop_path_rate * i / max(depth - 1, 1), name=f"{output_seq_write_key}/{i}")
-            for i in range(depth)
-        )
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            attn = Attention(
+                dim, head_dim, qkv_bias, proj_bias, qk_norm, norm_layer, weight_init_style, zero_init_query_proj
+            )
+            mlp = Mlp(dim, mlp_ratio, act_layer, mlp_bias, weight_init_style, gated_mlp)
+            expansion = adaLN_expansion if adaLN_emb_read_key is not None else 0
+            drop_path, name = drop_path_rate * i / max(depth - 1, 1), f"{output_seq_write_key}/{i}"
+            self.blocks.append(TransformerBlock(dim, attn, mlp, norm_layer, expansion, drop, drop_path, name))
 
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.input_seq_read_key]

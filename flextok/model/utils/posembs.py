@@ -45,11 +45,8 @@ class PositionalEmbedding(nn.Module):
             raise ValueError(f"posemb_scaling is {posemb_scaling!r}, expected one of {', '.join(POSEMB_SCALINGS)}")
         self.max_sizes = [int(size) for size in max_sizes]
         n_dim = len(self.max_sizes)
-        if n_dim not in (1, 2) or (posemb_type == "sincos" and n_dim != 2):
-            raise ValueError(
-                f"max_sizes is {self.max_sizes}: {posemb_type} takes "
-                f"{'2' if posemb_type == 'sincos' else '1 or 2'} sizes"
-            )
+        if n_dim not in ((2,) if posemb_type == "sincos" else (1, 2)):
+            raise ValueError(f"max_sizes is {self.max_sizes}, expected two sizes (or one of a learned table)")
         self.posemb_type = posemb_type
         self.posemb_scaling = posemb_scaling
         if posemb_type == "sincos":
@@ -68,6 +65,23 @@ class PositionalEmbedding(nn.Module):
         columns = self.posembs[1, :, :, None, : self.max_sizes[1]]
         return rows + columns if self.posemb_type == "learnable_sum" else rows * columns
 
+    @torch.no_grad()
+    def resize(self, sizes: Sequence[int]) -> None:
+        """Interpolate the tables to other `max_sizes`, and any other size from now on; the same leave them as they are.
+
+        At `sizes` the embeddings are then those that `interpolate` gave there before.
+        """
+        sizes = [int(size) for size in sizes]
+        if sizes != self.max_sizes:
+            if self.posemb_type == "sincos":
+                table = F.interpolate(self.posembs, size=sizes, mode="bilinear", align_corners=True)
+            else:  # each dimension by itself, whose sum or product is then bilinear
+                table = self.posembs.new_zeros(*self.posembs.shape[:-1], max(sizes))
+                for resized, learned, before, size in zip(table, self.posembs, self.max_sizes, sizes, strict=True):
+                    resized[..., :size] = F.interpolate(learned[..., :before], size, mode="linear", align_corners=True)
+            self.posembs = nn.Parameter(table, requires_grad=self.posembs.requires_grad)
+        self.max_sizes, self.posemb_scaling = sizes, "interpolate"
+
     def forward(self, sizes: Sequence[int]) -> torch.Tensor:
         """Embeddings [1, *sizes, D]; raises ValueError if `sizes` do not fit."""
         sizes = list(sizes)
@@ -79,8 +93,8 @@ class PositionalEmbedding(nn.Module):
             table = F.interpolate(table, size=sizes, mode=mode, align_corners=True)
         elif any(size > limit for size, limit in zip(sizes, self.max_sizes, strict=True)):
             raise ValueError(
-                f"the positional embeddings reach to {self.max_sizes} positions, but the input has {sizes}: use a "
-                "smaller input, or a model with larger max_sizes or posemb_scaling: interpolate"
+                f"the positional embeddings reach to {self.max_sizes} positions, but the input has {sizes}: set "
+                "posemb_scaling: interpolate, which resizes them, or use a smaller input"
             )
         else:
             for dim, size in enumerate(sizes, start=2):

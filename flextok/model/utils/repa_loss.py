@@ -9,7 +9,6 @@ cosine similarity with the encoder's features of the same images.
 import difflib
 import functools
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from http.client import HTTPException
@@ -18,21 +17,28 @@ from zipfile import BadZipFile
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from ...utils.config import ConfigError
+from ...utils.modules import count_parameters
 from ...utils.processes import load_one_process_first
 from ...utils.random import generator as addressed_generator
 from .repa_encoders import (
-    EfficientNetLite0,
+    EFFICIENTNET,
+    TIMM,
     EncoderFacts,
-    EncoderFamily,
     EncoderUnavailable,
     FrozenEncoder,
-    Timm,
-    given_weights,
+    efficientnet_features,
+    efficientnet_weights,
+    load_efficientnet,
+    load_timm,
     read_weights,
-    torch_hub_dir,
+    timm_facts,
+    timm_features,
+    timm_weights,
+    torch_hub_file,
 )
 
 logger = logging.getLogger(__name__)
@@ -59,7 +65,6 @@ class REPAProjector(nn.Module):
         self, decoder_dim: int, encoder_dim: int, hidden_dim: int = 2048, generator: torch.Generator | None = None
     ):
         super().__init__()
-        self.decoder_dim, self.encoder_dim = decoder_dim, encoder_dim
         linears = [
             nn.utils.skip_init(nn.Linear, inputs, outputs)
             for inputs, outputs in ((decoder_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, encoder_dim))
@@ -68,8 +73,7 @@ class REPAProjector(nn.Module):
         _initialise(linears, generator)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Project [..., decoder_dim], channels last, to [..., encoder_dim]; ValueError for anything else."""
-        _check_features(features, self.decoder_dim)
+        """Project [..., decoder_dim], channels last, to [..., encoder_dim]."""
         return self.layers(features)
 
 
@@ -83,13 +87,11 @@ class REPAConvProjector(nn.Module):
         self, decoder_dim: int, encoder_dim: int, hidden_dim: int = 2048, generator: torch.Generator | None = None
     ):
         super().__init__()
-        self.decoder_dim, self.encoder_dim = decoder_dim, encoder_dim
         self.conv = nn.utils.skip_init(nn.Conv2d, decoder_dim, encoder_dim, kernel_size=3, padding=1)
         _initialise([self.conv], generator)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Project [B, h, w, decoder_dim] to [B, h, w, encoder_dim]; ValueError for anything else."""
-        _check_features(features, self.decoder_dim)
+        """Project [B, h, w, decoder_dim] to [B, h, w, encoder_dim]."""
         return self.conv(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -99,8 +101,7 @@ PROJECTORS: dict[str, type[nn.Module]] = {"mlp": REPAProjector, "conv": REPAConv
 def projector_parameters(decoder_dim: int, encoder_dim: int, projector: str = "mlp", hidden_dim: int = 2048) -> int:
     """Number of parameters of a projector; builds none."""
     with torch.device("meta"):
-        module = PROJECTORS[projector](decoder_dim, encoder_dim, hidden_dim)
-    return sum(parameter.numel() for parameter in module.parameters())
+        return count_parameters(PROJECTORS[projector](decoder_dim, encoder_dim, hidden_dim))
 
 
 def _initialise(layers: Sequence[nn.Module], generator: torch.Generator | None) -> None:
@@ -111,117 +112,34 @@ def _initialise(layers: Sequence[nn.Module], generator: torch.Generator | None) 
 
 
 # The frozen encoder: DINOv2 (arXiv 2304.07193; `_reg`: with four register tokens, arXiv 2309.16588) from torch.hub.
+# GitHub and the weights server are asked only for what is not on this machine, the GitHub API and its rate limit never.
 
 DINOV2_REPOSITORY = "facebookresearch/dinov2"
-DINOV2_WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
+DINOV2 = {
+    name: EncoderFacts(dim, 14, 518, parameters, (37, 37), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    for name, dim, parameters in (
+        ("dinov2_vits14", 384, 22_056_576),
+        ("dinov2_vitb14", 768, 86_580_480),
+        ("dinov2_vitl14", 1024, 304_368_640),
+        ("dinov2_vitg14", 1536, 1_136_480_768),
+        ("dinov2_vits14_reg", 384, 22_058_112),
+        ("dinov2_vitb14_reg", 768, 86_583_552),
+        ("dinov2_vitl14_reg", 1024, 304_372_736),
+        ("dinov2_vitg14_reg", 1536, 1_136_486_912),
+    )
+}
 
 
-class DINOv2:
-    """The models of facebookresearch/dinov2, an EncoderFamily.
-
-    GitHub and the weights server are asked only for what is not on this machine, the GitHub API and its rate limit
-    never.
-    """
-
-    known = {
-        name: EncoderFacts(dim, 14, 518, parameters, (37, 37), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        for name, dim, parameters in (
-            ("dinov2_vits14", 384, 22_056_576),
-            ("dinov2_vitb14", 768, 86_580_480),
-            ("dinov2_vitl14", 1024, 304_368_640),
-            ("dinov2_vitg14", 1536, 1_136_480_768),
-            ("dinov2_vits14_reg", 384, 22_058_112),
-            ("dinov2_vitb14_reg", 768, 86_583_552),
-            ("dinov2_vitl14_reg", 1024, 304_372_736),
-            ("dinov2_vitg14_reg", 1536, 1_136_486_912),
-        )
-    }
-
-    def has(self, name: str) -> bool:
-        return name in self.known
-
-    def facts(self, name: str, image_size: int | None) -> EncoderFacts:
-        return self.known[name].at(name, image_size)
-
-    def weights_file(self, name: str, revision: str | None) -> Path:
-        """Where torch.hub keeps a model's weights, which are the same for every revision of the code."""
-        return torch_hub_dir() / "checkpoints" / os.path.basename(self.weights_url(name))
-
-    def weights_url(self, name: str) -> str:
-        backbone = name.removesuffix("_reg")
-        return f"{DINOV2_WEIGHTS}/{backbone}/{backbone}{'_reg4' if name != backbone else ''}_pretrain.pth"
-
-    def load(
-        self, name: str, image_size: int, repo: str | None, weights: str | None, revision: str | None, trust: bool
-    ) -> nn.Module:
-        if repo is not None and revision is not None:
-            raise ValueError(
-                f"repa_encoder_revision is {revision}, but repa_encoder_repo is a folder, {repo}, of one revision: "
-                "remove one of the two"
-            )
-        if repo is None:
-            folder = _cached_repository(revision)
-        else:
-            check_trust(repo, trust)
-            folder = Path(repo).expanduser()
-            if not (folder / "hubconf.py").is_file():
-                raise EncoderUnavailable(f"repa_encoder_repo is {folder}, which has no hubconf.py")
-        file = given_weights(weights) or self.weights_file(name, revision)
-        from_file = file.is_file()
-        try:
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-                warnings.filterwarnings("ignore", message="xFormers")
-                if folder is not None:
-                    model = torch.hub.load(str(folder), name, source="local", pretrained=not from_file)
-                else:  # with a branch named and validation skipped, the GitHub API is left out
-                    model = torch.hub.load(
-                        f"{DINOV2_REPOSITORY}:{revision or 'main'}",
-                        name,
-                        pretrained=not from_file,
-                        skip_validation=True,
-                        trust_repo=True,
-                    )
-        except (OSError, HTTPException, BadZipFile) as error:
-            tried = folder or f"{_hub_folder(revision or 'main')} (no hubconf.py there), then GitHub"
-            raise EncoderUnavailable(
-                f"{name} could not be loaded: tried the repository at {tried}; the weights at "
-                f"{file if from_file else f'{file} (no such file), else their server'}; "
-                f"{type(error).__name__}: {error}.\n{self.how_to_get(name, revision)}"
-            ) from error
-        except Exception as error:  # running the repository's code can raise anything
-            raise EncoderUnavailable(
-                f"{name} could not be built by the code in {folder or _hub_folder(revision or 'main')} "
-                f"({type(error).__name__}: {error}): {_RENEW if repo is None else _REPLACE}"
-            ) from error
-        if from_file:
-            state = read_weights(name, file)
-            try:
-                model.load_state_dict(state)
-            except (RuntimeError, TypeError) as error:
-                raise EncoderUnavailable(f"{file} does not hold the weights of {name}: {error}") from error
-        logger.info("%s: repository %s, weights %s", name, folder or "from GitHub", file)
-        return model
-
-    def features(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        tokens = model.forward_features(images)["x_norm_patchtokens"]  # [B, gh * gw, dim]
-        return tokens.transpose(1, 2).unflatten(2, (images.shape[2] // 14, images.shape[3] // 14))
-
-    def how_to_get(self, name: str, revision: str | None) -> str:
-        return (
-            f"Without network, copy two things into the torch.hub cache, {torch_hub_dir()} (TORCH_HOME moves it):\n"
-            f"  the folder with hubconf.py of https://github.com/{DINOV2_REPOSITORY}, "
-            f"to {_hub_folder(revision or 'main')}\n"
-            f"  {self.weights_url(name)}, to {self.weights_file(name, revision)}\n"
-            "or keep them anywhere and name them in the YAML: repa_encoder_repo (the folder, with repa_encoder_trust: "
-            "true, as its code is run), repa_encoder_weights (the file)."
-        )
+def dinov2_weights_url(name: str) -> str:
+    """Where a model's weights are published; they are the same for every revision of the code."""
+    backbone = name.removesuffix("_reg")
+    file = f"{backbone}{'_reg4' if name != backbone else ''}_pretrain.pth"
+    return f"https://dl.fbaipublicfiles.com/dinov2/{backbone}/{file}"
 
 
-_REPLACE = (
-    "that copy of the repository may be incomplete or older than this encoder. Put a complete and newer copy of "
-    f"https://github.com/{DINOV2_REPOSITORY} in its place"
-)
-_RENEW = f"{_REPLACE}, or delete the folder, and it is downloaded again"  # in torch.hub's cache
+def dinov2_folder(revision: str) -> Path:
+    """Where torch.hub keeps a revision of the repository."""
+    return Path(torch.hub.get_dir()) / f"{DINOV2_REPOSITORY}/{revision}".replace("/", "_")
 
 
 def check_trust(repo: str, trust: bool) -> None:
@@ -229,42 +147,74 @@ def check_trust(repo: str, trust: bool) -> None:
 
     It may with `trust`, or if the folder is torch.hub's own copy of facebookresearch/dinov2.
     """
-    folder = Path(repo).expanduser().resolve()
-    own = _hub_folder("").resolve()
+    folder, own = Path(repo).expanduser().resolve(), dinov2_folder("").resolve()
     is_torch_hubs = folder.parent == own.parent and folder.name.startswith(own.name)
     if not trust and not is_torch_hubs and (folder / "hubconf.py").is_file():
         raise ConfigError(
-            f"repa_encoder_repo is {repo}: loading the encoder runs {folder / 'hubconf.py'} and the Python code beside "
-            "it with all your rights, and only torch.hub's own copy of facebookresearch/dinov2 is trusted by itself. "
-            "If you know where that code comes from, set repa_encoder_trust: true"
+            f"repa_encoder_repo is {repo}: loading it runs {folder / 'hubconf.py'} and the code beside it with all "
+            "your rights. If you know where that code comes from, set repa_encoder_trust: true"
         )
 
 
-def _hub_folder(revision: str) -> Path:
-    """Where torch.hub keeps a revision of the repository."""
-    return torch_hub_dir() / f"{DINOV2_REPOSITORY}/{revision}".replace("/", "_")
+def load_dinov2(name: str, weights: Path, repo: str | None, revision: str | None, trust: bool) -> nn.Module:
+    """The pretrained model, on the CPU; `weights` that are no file are fetched. The rest as `load_encoder`."""
+    renew = f"put a complete and newer copy of https://github.com/{DINOV2_REPOSITORY} in its place"
+    if repo is not None:
+        check_trust(repo, trust)
+        folder = Path(repo).expanduser()
+    else:
+        renew += ", or delete the folder, and it is downloaded again"
+        refs = [revision] if revision else ["main", "master", "*"]  # any cached revision is better than none
+        cached = [path for ref in refs for path in sorted(dinov2_folder("").parent.glob(dinov2_folder(ref).name))]
+        folder = next((path for path in cached if (path / "hubconf.py").is_file()), next(iter(cached), None))
+    if folder is not None and not (folder / "hubconf.py").is_file():
+        raise EncoderUnavailable(f"the copy of DINOv2's repository in {folder} is without hubconf.py: {renew}")
+
+    online = f"{DINOV2_REPOSITORY}:{revision or 'main'}"
+    # Locally, or with a branch named and validation skipped, the GitHub API is not asked.
+    source = {"source": "local"} if folder is not None else {"skip_validation": True, "trust_repo": True}
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("ignore", message="xFormers")
+            model = torch.hub.load(str(folder or online), name, pretrained=not weights.is_file(), **source)
+    except (OSError, HTTPException, BadZipFile) as error:
+        place, url, file = dinov2_folder(revision or "main"), dinov2_weights_url(name), torch_hub_file(weights.name)
+        raise EncoderUnavailable(
+            f"{name} could not be loaded: tried the repository at {folder or f'{place} (not there), then GitHub'}, the "
+            f"weights at {weights}, else their server; {type(error).__name__}: {error}.\n"
+            f"Without network, copy two things into the torch.hub cache, {torch.hub.get_dir()} (TORCH_HOME moves it):\n"
+            f"  the folder with hubconf.py of https://github.com/{DINOV2_REPOSITORY}, to {place}\n"
+            f"  {url}, to {file}\n"
+            "or keep them anywhere and name them in the YAML: repa_encoder_repo (the folder, with repa_encoder_trust: "
+            "true, as its code is run), repa_encoder_weights (the file)."
+        ) from error
+    except Exception as error:  # running the repository's code can raise anything
+        raise EncoderUnavailable(
+            f"{name} could not be built by the code in {folder or dinov2_folder(revision or 'main')} "
+            f"({type(error).__name__}: {error}): it may be incomplete or older than this encoder: {renew}"
+        ) from error
+    if weights.is_file():
+        try:
+            model.load_state_dict(read_weights(name, weights))
+        except (RuntimeError, TypeError) as error:
+            if isinstance(error, EncoderUnavailable):
+                raise
+            raise EncoderUnavailable(f"{weights} does not hold the weights of {name}: {error}") from error
+    return model
 
 
-def _cached_repository(revision: str | None) -> Path | None:
-    """The cached repository of `revision`, by default of main, then master, then any other; None without one."""
-    folders = [_hub_folder(ref) for ref in ((revision,) if revision else ("main", "master", "*"))]
-    for folder in folders:
-        for hubconf in sorted(torch_hub_dir().glob(f"{folder.name}/hubconf.py")):
-            return hubconf.parent
-    incomplete = next((folder for folder in folders if folder.is_dir()), None)
-    if incomplete is not None:
-        raise EncoderUnavailable(f"the torch.hub cache has {incomplete} without hubconf.py: {_RENEW}")
-    return None
+def dinov2_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """[B, dim, gh, gw] of normalised images [B, 3, 14 * gh, 14 * gw]."""
+    tokens = model.forward_features(images)["x_norm_patchtokens"]  # [B, gh * gw, dim]
+    return rearrange(tokens, "b (h w) d -> b d h w", h=images.shape[2] // 14)
 
 
 # Encoders by name.
 
-FAMILIES: tuple[EncoderFamily, ...] = (DINOv2(), EfficientNetLite0(), Timm())
-
 
 def known_encoders() -> dict[str, EncoderFacts]:
     """Every named encoder, at its own image size; timm's are not among them."""
-    return DINOv2.known | EfficientNetLite0.known
+    return DINOV2 | EFFICIENTNET
 
 
 def encoder_facts(encoder_type: str, image_size: int | None = None) -> EncoderFacts:
@@ -272,9 +222,17 @@ def encoder_facts(encoder_type: str, image_size: int | None = None) -> EncoderFa
 
     Raises:
         ValueError: For an unknown name, a model without a feature grid, or a size that the encoder cannot take.
-        EncoderUnavailable: For timm:NAME without timm.
     """
-    return _family(encoder_type).facts(encoder_type, image_size)
+    if encoder_type.startswith(TIMM):
+        return timm_facts(encoder_type, image_size)
+    known = known_encoders()
+    if encoder_type not in known:
+        nearest = difflib.get_close_matches(encoder_type, known, n=3, cutoff=0.4) or list(known)
+        raise ValueError(
+            f"repa_encoder_type is {encoder_type!r}, which is not a known encoder: use {' or '.join(nearest)}, "
+            "or timm:NAME for a model of timm"
+        )
+    return known[encoder_type].at(encoder_type, image_size)
 
 
 def encoder_weights_file(
@@ -283,13 +241,18 @@ def encoder_weights_file(
     """The local file that `load_encoder` with these arguments takes its weights from; None if it is not here yet.
 
     Loads nothing and needs no network. `repo` makes no difference: it holds code.
-
-    Raises:
-        ValueError: For an unknown name.
     """
-    family = _family(encoder_type)
-    path = family.weights_file(encoder_type, revision) if weights is None else Path(weights).expanduser()
+    path = _weights_path(encoder_type, weights, revision)
     return path if path is not None and path.is_file() else None
+
+
+def _weights_path(encoder_type: str, weights: str | None, revision: str | None) -> Path | None:
+    """Where an encoder's weights are or would be; None if that is not known before they are fetched."""
+    if weights is not None:
+        return Path(weights).expanduser()
+    if encoder_type.startswith(TIMM):
+        return timm_weights(encoder_type, revision)
+    return efficientnet_weights() if encoder_type in EFFICIENTNET else torch_hub_file(dinov2_weights_url(encoder_type))
 
 
 def load_encoder(
@@ -322,9 +285,29 @@ def load_encoder(
         ConfigError: A `repo` whose code may not be run.
         EncoderUnavailable: If code or weights are neither here nor within reach.
     """
-    facts, family = encoder_facts(encoder_type, image_size), _family(encoder_type)
-    model = load_one_process_first(lambda: family.load(encoder_type, facts.image_size, repo, weights, revision, trust))
-    return FrozenEncoder(encoder_type, model, family.features, facts, dtype)
+    facts = encoder_facts(encoder_type, image_size)
+    is_timm, is_dinov2 = encoder_type.startswith(TIMM), encoder_type in DINOV2
+    if repo is not None and not is_dinov2:
+        raise ValueError(f"repa_encoder_repo is {repo}, but {encoder_type} takes no repository: remove it")
+    if revision is not None and (repo is not None if is_dinov2 else weights is not None or not is_timm):
+        raise ValueError(
+            f"repa_encoder_revision is {revision}, but what {encoder_type} is loaded from has no revisions: remove it"
+        )
+    path = _weights_path(encoder_type, weights, revision)
+    if weights is not None and not path.is_file():
+        raise EncoderUnavailable(f"repa_encoder_weights is {path}, which is not a file")
+
+    def load() -> nn.Module:
+        if is_timm:
+            return load_timm(encoder_type, facts.image_size, path, revision)
+        if is_dinov2:
+            return load_dinov2(encoder_type, path, repo, revision, trust)
+        return load_efficientnet(encoder_type, path)
+
+    model = load_one_process_first(load)
+    logger.info("%s: weights %s", encoder_type, encoder_weights_file(encoder_type, repo, weights, revision))
+    features = timm_features if is_timm else dinov2_features if is_dinov2 else efficientnet_features
+    return FrozenEncoder(encoder_type, model, features, facts, dtype)
 
 
 def check_encoder_settings(encoder_type: str, encoder_dim: int | None, image_size: int | None) -> None:
@@ -332,7 +315,6 @@ def check_encoder_settings(encoder_type: str, encoder_dim: int | None, image_siz
 
     Raises:
         ValueError: For an unknown name, or a number of channels or an image size that the encoder does not have.
-        EncoderUnavailable: For timm:NAME without timm.
     """
     _check_dim(encoder_dim, encoder_type, encoder_facts(encoder_type, image_size).dim)
 
@@ -340,17 +322,6 @@ def check_encoder_settings(encoder_type: str, encoder_dim: int | None, image_siz
 def _check_dim(given: int | None, name: str, actual: int) -> None:
     if given is not None and given != actual:
         raise ValueError(f"repa_encoder_dim is {given}, but {name} gives {actual}: set {actual} or null")
-
-
-def _family(name: str) -> EncoderFamily:
-    for family in FAMILIES:
-        if family.has(str(name)):
-            return family
-    nearest = difflib.get_close_matches(str(name), known_encoders(), n=3, cutoff=0.4) or list(known_encoders())
-    raise ValueError(
-        f"repa_encoder_type is {name!r}, which is not a known encoder: use {' or '.join(nearest)}, "
-        "or timm:NAME for a model of timm"
-    )
 
 
 def auto_target_size(encoder_grid: Sequence[int], decoder_grid: Sequence[int]) -> tuple[int, int]:
@@ -410,33 +381,19 @@ class REPAModule(nn.Module):
         encoder_trust: bool = False,
     ):
         super().__init__()
-        if len(target_size) != 2 or min(target_size) < 1:
-            raise ValueError(f"repa_target_size is {list(target_size)}, but must be [height, width], each at least 1")
-        if projector not in PROJECTORS:
-            raise ValueError(f"repa_projector is {projector!r}, expected one of {', '.join(PROJECTORS)}")
-        if project_when not in ("after_resize", "before_resize"):
-            raise ValueError(f"repa_project is {project_when!r}, expected after_resize or before_resize")
-        if encoder is None:
-            self.encoder_name, self.encoder_dim = encoder_type, encoder_facts(encoder_type, image_size).dim
-        else:
-            self.encoder_name, self.encoder_dim = encoder.name, encoder.dim
+        self.encoder_name = encoder_type if encoder is None else encoder.name
+        self.encoder_dim = encoder_facts(encoder_type, image_size).dim if encoder is None else encoder.dim
         _check_dim(encoder_dim, self.encoder_name, self.encoder_dim)
         self._load = functools.partial(
-            load_encoder,
-            self.encoder_name,
-            repo=encoder_repo,
-            weights=encoder_weights,
-            image_size=image_size,
-            revision=encoder_revision,
-            dtype=encoder_dtype,
-            trust=encoder_trust,
-        )
+            load_encoder, self.encoder_name, encoder_repo, encoder_weights, image_size, encoder_revision, encoder_dtype,
+            encoder_trust,
+        )  # fmt: skip
         self.use_encoder(encoder)
         self.decoder_dim, self.n_layers = decoder_dim, n_layers
         self.target_size, self.project_when, self.spatial_norm = tuple(target_size), project_when, spatial_norm
         # The first projector is the same however many follow.
-        seeds = [addressed_generator(seed, "repa_projector", *([i] if i else [])) for i in range(n_layers)]
-        projectors = [PROJECTORS[projector](decoder_dim, self.encoder_dim, hidden_dim, draws) for draws in seeds]
+        generators = [addressed_generator(seed, "repa_projector", *([i] if i else [])) for i in range(n_layers)]
+        projectors = [PROJECTORS[projector](decoder_dim, self.encoder_dim, hidden_dim, draws) for draws in generators]
         self.projector = projectors[0] if n_layers == 1 else nn.ModuleList(projectors)
 
     def load_encoder(self) -> nn.Module:
@@ -473,11 +430,7 @@ class REPAModule(nn.Module):
 
         Returns:
             [B, encoder_dim, H, W], in bfloat16 or float16 under such an autocast.
-
-        Raises:
-            ValueError: If `decoder_features` is not one tensor of that shape.
         """
-        _check_features(decoder_features, self.decoder_dim, n_dims=4)
         projector = self.projectors[layer]
         if self.project_when == "before_resize":
             return _resize(projector(decoder_features).permute(0, 3, 1, 2), self.target_size)
@@ -522,7 +475,12 @@ class REPAModule(nn.Module):
         Raises:
             ValueError: If a shape is not as stated, or the two batch sizes differ.
         """
-        _check_features(decoder_features, self.n_layers * self.decoder_dim, n_dims=4)
+        channels = self.n_layers * self.decoder_dim
+        if not isinstance(decoder_features, torch.Tensor) or decoder_features.shape[3:] != (channels,):
+            given = (
+                list(decoder_features.shape) if isinstance(decoder_features, torch.Tensor) else type(decoder_features)
+            )
+            raise ValueError(f"decoder features must be one tensor [B, h, w, {channels}], but got {given}")
         layers = decoder_features.split(self.decoder_dim, dim=-1)
         return [self.loss(self.project(features, i), target) for i, features in enumerate(layers)]
 
@@ -534,27 +492,12 @@ class REPAModule(nn.Module):
         """
         return torch.stack(self.layer_losses(decoder_features, self.target_features(images))).mean()
 
-    def extra_repr(self) -> str:
-        return f"encoder={self.encoder_name} (frozen, {self.encoder_dim} channels), target_size={self.target_size}"
-
 
 def _resize(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bilinear resize of [B, C, h, w] to [B, C, *size]."""
     if features.shape[-2:] == size:
         return features
     return F.interpolate(features, size, mode="bilinear", align_corners=False)
-
-
-def _check_features(features: torch.Tensor, channels: int, n_dims: int | None = None) -> None:
-    """Raise ValueError unless decoder features are one tensor [..., channels], with n_dims=4 [B, h, w, channels]."""
-    if not isinstance(features, torch.Tensor):
-        count = f" of {len(features)}" if isinstance(features, (list, tuple)) else ""
-        raise ValueError(
-            f"decoder features must be one tensor for the whole batch, but got a {type(features).__name__}{count}"
-        )
-    if features.shape[-1] != channels or n_dims not in (None, features.dim()):
-        shape = "[..., {}]" if n_dims is None else "[B, h, w, {}]"
-        raise ValueError(f"decoder features must be {shape.format(channels)}, but got {list(features.shape)}")
 
 
 # The loss.
