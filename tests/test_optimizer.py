@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same
+from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, whole_and_parts
 
 from flextok.training.config import TrainConfig
 from flextok.training.optimizer import build_optimizer, optimizer_class
@@ -206,10 +206,7 @@ def test_a_step_of_muon_does_not_synchronize(tmp_path, monkeypatch):
 @needs_muon
 def test_a_run_with_muon_is_resumed_bit_for_bit(tmp_path):
     changes = dict(optimizer="muon", decay_all=False, use_ema=True, save_every_steps=0, use_repa=False)
-    run_main(tmp_path, run_dir=tmp_path / "whole", max_steps=6, **changes)
-    run_main(tmp_path, run_dir=tmp_path / "parts", max_steps=3, **changes)
-    run_main(tmp_path, run_dir=tmp_path / "parts", max_steps=6, resume="latest", **changes)
-    whole, parts = read_latest(tmp_path / "whole"), read_latest(tmp_path / "parts")
+    whole, parts = whole_and_parts(tmp_path, 3, 6, **changes)
     for key in ("model_state_dict", "optimizer_state_dict", "ema_model_state_dict"):
         assert same(whole[key], parts[key]), key
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings
+from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings, whole_and_parts
 
 from flextok import FlexTokFromHub
 from flextok.training.config import TrainConfig
@@ -84,10 +84,7 @@ def test_bad_options_are_refused_before_training(tmp_path, changes, message):
     ids=str,
 )
 def test_options_train_and_resume_exactly(tmp_path, changes):
-    run_main(tmp_path, run_dir=tmp_path / "whole", max_steps=4, **changes)
-    run_main(tmp_path, run_dir=tmp_path / "parts", max_steps=2, **changes)
-    run_main(tmp_path, run_dir=tmp_path / "parts", max_steps=4, resume="latest", **changes)
-    whole, parts = read_latest(tmp_path / "whole"), read_latest(tmp_path / "parts")
+    whole, parts = whole_and_parts(tmp_path, 2, 4, **changes)
     for key in ("model_state_dict", "optimizer_state_dict", "repa_module_state_dict"):
         assert same(whole[key], parts[key]), key
     losses = [r["train/repa_loss"] for r in read_metrics(tmp_path / "whole") if "train/repa_loss" in r]

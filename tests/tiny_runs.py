@@ -60,6 +60,14 @@ def run_main(folder: Path, *, max_steps=None, resume=None, run_dir=None, check=F
     )  # fmt: skip
 
 
+def whole_and_parts(folder: Path, stop: int, max_steps: int, **changes) -> tuple[dict, dict]:
+    """The last checkpoints of a run to `max_steps`, and of one that was stopped at `stop` and resumed."""
+    run_main(folder, run_dir=folder / "whole", max_steps=max_steps, **changes)
+    run_main(folder, run_dir=folder / "parts", max_steps=stop, **changes)
+    run_main(folder, run_dir=folder / "parts", max_steps=max_steps, resume="latest", **changes)
+    return read_latest(folder / "whole"), read_latest(folder / "parts")
+
+
 def read_metrics(run_dir: Path, timing: bool = False) -> list:
     """The records of metrics.jsonl, without what depends on the clock."""
     records = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]

@@ -151,7 +151,9 @@ class HubImages(ImageDataset):
         import datasets
 
         self.title, self.column = title, image_column
-        self.labels, self.classes = read_labels(rows, label_column, classes)
+        self.indices = np.arange(len(rows)) if indices is None else np.asarray(indices)
+        labels, self.classes = read_labels(rows, label_column, classes)
+        self.labels = None if labels is None else labels[self.indices]
         only = rows.select_columns([image_column])
         try:
             self.rows = only.cast_column(image_column, datasets.Image(decode=False))
@@ -162,7 +164,6 @@ class HubImages(ImageDataset):
                 f"image_column is {image_column!r}, a column of {rows.features[image_column]}, expected images; the "
                 f"columns are {', '.join(rows.features)}"
             ) from error
-        self.indices = np.arange(len(rows)) if indices is None else np.asarray(indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -175,10 +176,6 @@ class HubImages(ImageDataset):
 
     def name(self, index: int) -> str:
         return f"row {self.indices[index]} of {self.title}"
-
-    def label(self, index: int) -> int | None:
-        label = -1 if self.labels is None else int(self.labels[self.indices[index]])
-        return None if label < 0 else label
 
     def identity(self) -> str:
         """Fingerprint of the sizes of the images in their order, img_size and crop."""

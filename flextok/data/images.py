@@ -292,7 +292,7 @@ class ImageDataset(Dataset):
     """Images of some source, scaled and cropped to a square.
 
     A source is a subclass that says what its images are: `__len__`, `read`, `name`, `identity` and `content_probe`; and
-    `label`, where they have classes.
+    sets `labels` and `classes`, where there are classes.
 
     An item is an index, served without augmentation, or `(index, step, position)`, whose flip and crop are drawn at
     that address (see `flextok.utils.random`). It gives a dict:
@@ -313,12 +313,14 @@ class ImageDataset(Dataset):
         seed: The run's seed.
 
     Attributes:
-        classes: Names of the classes that `label` counts; None if the images have none.
+        labels: Class of each image, -1 for none; None if the images have no classes.
+        classes: Names of the classes; None likewise.
 
     Raises:
         NoReadableImage: On access, if no image can be read.
     """
 
+    labels: Sequence[int] | None = None
     classes: Sequence[str] | None = None
 
     def __init__(
@@ -359,7 +361,8 @@ class ImageDataset(Dataset):
 
     def label(self, index: int) -> int | None:
         """Class of an image, without reading it; None if it has none."""
-        return None
+        label = -1 if self.labels is None else int(self.labels[index])
+        return None if label < 0 else label
 
     def identity(self) -> str:
         """Fingerprint of what the dataset holds and how it is cropped; reads no image."""
@@ -441,16 +444,23 @@ class ImageFolderDataset(ImageDataset):
     """Image files; the other arguments are those of ImageDataset.
 
     Args:
-        labels: Class of each file; None: there are no classes.
+        labels, classes: Class of each file, and their names; None: there are no classes.
 
     Attributes:
         paths: The files.
         names: The same, relative to their common folder.
     """
 
-    def __init__(self, paths: Sequence[str | Path], img_size: int, labels: Sequence[int] | None = None, **settings):
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        img_size: int,
+        labels: Sequence[int] | None = None,
+        classes: Sequence[str] | None = None,
+        **settings,
+    ):
         super().__init__(img_size, **settings)
-        self.paths, self.labels = [Path(path) for path in paths], labels
+        self.paths, self.labels, self.classes = [Path(path) for path in paths], labels, classes
         root = os.path.commonpath([path.parent for path in self.paths])
         self.names = [Path(os.path.relpath(path, root)).as_posix() for path in self.paths]
 
@@ -462,9 +472,6 @@ class ImageFolderDataset(ImageDataset):
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
-
-    def label(self, index: int) -> int | None:
-        return None if self.labels is None else self.labels[index]
 
     def identity(self) -> str:
         """Fingerprint of names and sizes of files, img_size and crop; a file that is gone has size -1."""
@@ -504,7 +511,6 @@ class ImagesInMemory(ImageDataset):
 
     def __init__(self, kind: str, pixels: np.ndarray, names: Sequence[str], flip: bool = False, seed: int = 0):
         super().__init__(pixels.shape[1], flip, seed=seed)
-        self.labels: Sequence[int] | None = None
         self.kind, self.pixels, self.names = kind, pixels, list(names)
 
     def __len__(self) -> int:
@@ -515,9 +521,6 @@ class ImagesInMemory(ImageDataset):
 
     def name(self, index: int) -> str:
         return self.names[index]
-
-    def label(self, index: int) -> int | None:
-        return None if self.labels is None else self.labels[index]
 
     def identity(self) -> str:
         """Fingerprint of names and img_size."""

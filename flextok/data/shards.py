@@ -115,10 +115,8 @@ def read_shard(path: Path) -> ShardIndex:
                     label = tar.fileobj.read(member.size).decode()
                     if kind == "json":
                         entry = json.loads(label)
-                        found = (
-                            [entry[name] for name in JSON_LABELS if name in entry] if isinstance(entry, dict) else []
-                        )
-                        label = found[0] if found else None
+                        entry = entry if isinstance(entry, dict) else {}
+                        label = next((entry[name] for name in JSON_LABELS if name in entry), None)
                     if label is not None:
                         labels[key] = str(label).strip()
             tar.fileobj.seek(tar.offset)
@@ -172,22 +170,22 @@ def build_index(path: Path, cache_dir: Path) -> None:
 def load_indices(paths: list[Path], cache_dir: Path) -> list[ShardIndex]:
     """The index of each shard; those that are missing or old are built first, in parallel, by the first process."""
 
+    found = {path: load_index(path, cache_dir) for path in paths}
+    missing = [path for path, index in found.items() if index is None]
+
     def build_missing() -> None:
-        missing = [path for path in paths if load_index(path, cache_dir) is None]
-        if not missing:
-            return
-        build = functools.partial(build_index, cache_dir=cache_dir)
-        with multiprocessing.Pool(min(os.cpu_count() or 1, len(missing))) as pool:
-            for _ in tqdm(pool.imap_unordered(build, missing), "index of shards", len(missing), unit="shard"):
-                pass
+        if missing:
+            build = functools.partial(build_index, cache_dir=cache_dir)
+            with multiprocessing.Pool(min(os.cpu_count() or 1, len(missing))) as pool:
+                for _ in tqdm(pool.imap_unordered(build, missing), "index of shards", len(missing), unit="shard"):
+                    pass
 
     from_first(build_missing)
-    indices = []
-    for path in paths:
-        index = load_index(path, cache_dir)
-        if index is None:
-            raise ShardError(f"the index of {path} cannot be read: process 0 wrote it where this one has no access")
-        indices.append(index)
+    found.update({path: load_index(path, cache_dir) for path in missing})
+    indices = [index for index in found.values() if index is not None]
+    if len(indices) < len(paths):
+        path = next(path for path, index in found.items() if index is None)
+        raise ShardError(f"the index of {path} cannot be read: process 0 wrote it where this one has no access")
     if not any(len(index.keys) for index in indices):
         others = "" if len(paths) == 1 else f" and {len(paths) - 1} more"
         raise ShardError(f"{paths[0]}{others} hold no images: expected files {', '.join(IMAGE_KEYS)}")
@@ -244,9 +242,6 @@ class ShardImages(ImageDataset):
 
     def name(self, index: int) -> str:
         return f"{self.paths[self.shards[index]]}/{self.keys[index].decode()}"
-
-    def label(self, index: int) -> int | None:
-        return None if self.labels is None else int(self.labels[index])
 
     def identity(self) -> str:
         """Fingerprint of names and sizes of the shards, which images, img_size and crop."""

@@ -58,24 +58,25 @@ def build_datasets(config: Any) -> tuple[ImageDataset, ImageDataset | None]:
     else:
         train_paths, val_paths, _ = split_paths(paths, name, config.val_fraction, SPLIT_SEED)
         check_split(config, len(paths), len(val_paths))
-    classes = None
     if name == "imagefolder":
         root = class_root(paths, config.data_path)
         classes = class_folders(paths, root)
         val_root = class_root(val_paths, config.val_path) if config.val_path else root
-        train_settings["labels"] = labels_of(train_paths, root, classes)
-        val_settings["labels"] = labels_of(val_paths, val_root, classes)
+        train_settings |= dict(classes=classes, labels=labels_of(train_paths, root, classes))
+        val_settings |= dict(classes=classes, labels=labels_of(val_paths, val_root, classes))
     train = ImageFolderDataset(train_paths, size, **train_settings)
-    val = ImageFolderDataset(val_paths, size, **val_settings) if val_paths else None
-    for dataset in filter(None, (train, val)):
-        dataset.classes = classes
-    return train, val
+    return train, ImageFolderDataset(val_paths, size, **val_settings) if val_paths else None
 
 
 def without_validation(paths: list[Path], val_paths: list[Path]) -> list[Path]:
     """The files that do not validate; where val_path lies in data_path the log says how many are left out."""
-    validating = {path.resolve() for path in val_paths}
-    train = [path for path in paths if path.resolve() not in validating]
+
+    def file(path: Path) -> tuple[int, int]:  # the same through links
+        status = path.stat()
+        return status.st_dev, status.st_ino
+
+    validating = set(map(file, val_paths))
+    train = [path for path in paths if file(path) not in validating]
     if not train:
         raise ConfigError("val_path holds all that data_path does: there is nothing left to train on")
     if len(train) < len(paths):

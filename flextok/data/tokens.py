@@ -114,14 +114,6 @@ def model_digest(model: nn.Module) -> str:
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
-def label_function(dataset: Dataset) -> Callable[[int], int | None]:
-    """The label of an image by its index; None for all where the dataset has no classes."""
-    if getattr(dataset, "label", None) is not None:
-        return dataset.label
-    labels = getattr(dataset, "labels", None)
-    return labels.__getitem__ if labels is not None else lambda index: None
-
-
 def claim_folder(folder: Path, meta: dict[str, Any], names: Callable[[], list[str]]) -> list[int]:
     """Make the folder one of these tokens, unless it is already; gives the shards that are still to be written.
 
@@ -151,7 +143,7 @@ def write_tokens(
     num_workers: int,
 ) -> None:  # fmt: skip
     """Compute and write some shards of a folder; images that cannot be read are named in the log and left out."""
-    size, n_views, label = meta["shard_size"], len(meta["views"]), label_function(crops.dataset)
+    size, n_views, label = meta["shard_size"], len(meta["views"]), crops.dataset.label
     images = {shard: range(shard * size, min((shard + 1) * size, len(crops))) for shard in shards}
     step = max(1, batch_size // n_views)
     batches = {shard: [list(i[at : at + step]) for at in range(0, len(i), step)] for shard, i in images.items()}
@@ -263,7 +255,7 @@ def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device
         "format": arguments.format, "shard_size": arguments.shard_size,
         "dataset_name": config.dataset_name, "data_path": config.data_path, "split": arguments.split or "train",
         "n_images": len(dataset), **fingerprint(dataset),
-        "has_labels": label_function(dataset)(0) is not None, "classes": getattr(dataset, "classes", None),
+        "has_labels": dataset.label(0) is not None, "classes": dataset.classes,
         "n_shards": -(-len(dataset) // arguments.shard_size),
     }  # fmt: skip
     names = lambda: [dataset.name(i) for i in range(len(dataset))]  # noqa: E731
