@@ -93,6 +93,21 @@ def test_a_mirrored_image_has_features_of_its_own(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- resumes
 
 
+def test_a_cache_with_mirrored_images_is_completed_by_a_run_without_them(tmp_path, whole):
+    """As where a run is killed while it fills, and the next has use_augmentation false."""
+    shutil.copytree(whole / "cache", tmp_path / "cache")
+    done = next((tmp_path / "cache").glob("*/features-*/train/done.bin"))
+    done.write_bytes(bytes(5) + done.read_bytes()[5:])
+    records = done.with_name("records.bin")
+    records.write_bytes(bytes(1000) + records.read_bytes()[1000:])
+    fill(tmp_path, use_augmentation=False, **CACHED)
+    assert set(done.read_bytes()) == {1}
+    there = next((whole / "cache").glob("*/features-*/train/records.bin"))
+    assert records.stat().st_size == there.stat().st_size
+    values = [torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.float16) for file in (records, there)]
+    assert torch.allclose(*values, atol=1e-2)
+
+
 def test_resuming_a_run_with_caches_is_exact(tmp_path, whole):
     changes = dict(**CACHED, cache_dir=str(tmp_path / "cache"), run_dir=tmp_path / "parts")
     run_main(tmp_path, max_steps=8, **changes)

@@ -388,14 +388,14 @@ class ImageDataset(Dataset):
         position = position if augment else first
         return {"image": image, "index": index, "position": position, "view": view, "broken": broken}
 
-    def views(self, index: int) -> dict:
-        """An item as for a plain index, with all views of the image, [n_views, 3, img_size, img_size]."""
+    def views(self, index: int, n: int) -> dict:
+        """An item as for a plain index, with the first n views of the image, [n, 3, img_size, img_size]."""
         picture, served, broken = self._readable(index)
         if self.cached_crops:
-            images = [self._cached_crop(picture, served, i) for i in range(self.cached_crops)]
+            images = [self._cached_crop(picture, served, i) for i in range(n)]
         else:
             image = self._square(picture)
-            images = [image, image.flip(-1)][: self.n_views]
+            images = [image, image.flip(-1)][:n]
         return {"image": torch.stack(images), "index": served, "position": index, "view": 0, "broken": broken}
 
     @property

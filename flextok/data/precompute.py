@@ -182,13 +182,13 @@ def fill_caches(
 
 
 class Views(Dataset):
-    """All views of each image of a dataset."""
+    """The first n views of each image of a dataset."""
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, n: int):
+        self.dataset, self.n = dataset, n
 
     def __getitem__(self, index: int) -> dict:
-        return self.dataset.views(index)
+        return self.dataset.views(index, self.n)
 
 
 class MissingBatches(Sampler):
@@ -241,7 +241,7 @@ def fill(
     cache.open_for_writing()
     broken, batches = BrokenFiles(len(dataset)), MissingBatches(cache, batch_size)
     loader = BatchLoader(
-        Views(dataset), batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
+        Views(dataset, cache.flips), batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
         pin_memory=device.type == "cuda", generator=torch.Generator(),
     )  # fmt: skip
     dtype = getattr(torch, cache.dtype.name)
