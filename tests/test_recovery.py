@@ -382,6 +382,13 @@ def test_a_picture_that_cannot_be_written_costs_no_training(tmp_path, caplog):
     assert trainer.global_step == 2 and "picture" in caplog.text and "cannot be written" in caplog.text
 
 
+def test_a_checkpoint_that_is_kept_twice_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "latest.pt").write_bytes(b"latest")
+    for _ in range(2):
+        checkpoints.link_checkpoint(tmp_path / "latest.pt", tmp_path / "best.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "latest.pt"]
+
+
 def test_checkpoints_of_epochs_are_pruned(tmp_path):
     run_main(tmp_path, run_dir=tmp_path / "run", use_repa=False, num_epochs=5, save_every=1, keep_last=2)
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}

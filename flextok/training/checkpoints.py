@@ -97,6 +97,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
         write_atomically(target, lambda path: path.write_bytes(source.read_bytes()))
     else:
         os.replace(temporary, target)
+        temporary.unlink(missing_ok=True)  # which renaming leaves where both are one file already
 
 
 def read_checkpoint(path: Path) -> dict:
