@@ -41,12 +41,19 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from flextok.data.batch import Batch
-from flextok.data.loader import BatchLoader, BrokenFiles, TooManyBrokenFiles, build_loaders
+from flextok.data.loader import (
+    BrokenFiles,
+    LoaderError,
+    TooManyBrokenFiles,
+    build_loaders,
+    check_loader,
+    end_workers,
+    image_names,
+)
 from flextok.data.sampler import GlobalBatchSampler
 from flextok.data.sources import build_datasets
 from flextok.flextok_wrapper import FlexTokFromHub
 from flextok.training.checkpointer import Checkpointer, restore_trainer, trainer_state
-from flextok.training.checkpoints import check_writable
 from flextok.training.config import TrainConfig, load_config
 from flextok.training.distributed import check_parallel, data_parallel, full, full_state, shard, sync_gradients
 from flextok.training.ema import EMA
@@ -64,23 +71,23 @@ from flextok.training.models import (
     set_vae_dtype,
     settled,
 )
-from flextok.training.monitor import Monitor
+from flextok.training.monitor import Monitor, wandb_settings
 from flextok.training.optimizer import build_optimizer, build_schedule, optimizer_class
 from flextok.training.pictures import save_curves, save_grid
-from flextok.training.runs import find_run, new_run_dir, stored_config, write_config
-from flextok.training.summary import summary, what_was_learned
-from flextok.training.token_use import check_best_metric, tokens_warning
+from flextok.training.runs import find_run, new_run_dir, prepare_run_dir, stored_config
+from flextok.training.summary import closing_words, summary
+from flextok.training.token_use import TokenWarnings, check_best_metric, more_is_better, tokens_warning
 from flextok.utils.config import ConfigError
 from flextok.utils.devices import chosen_device, return_freed_memory
 from flextok.utils.dtypes import autocast_dtype, precision
-from flextok.utils.errors import UserError
+from flextok.utils.errors import UserError, only_warned
 from flextok.utils.output import steadfast_output
 from flextok.utils.processes import from_first, gathered, joined, load_one_process_first, rank, summed, world_size
 from flextok.utils.random import RANDOM_KEY, BatchRandom
 
 log = logging.getLogger("flextok")
 
-FEATURES, LAYER_LOSSES = "repa_cached_features", "repa_layer_losses"  # in the data_dict
+CACHED_FEATURES, LAYER_LOSSES = "repa_cached_features", "repa_layer_losses"  # in the data_dict
 
 
 class FlexTokTrainer:
@@ -92,11 +99,11 @@ class FlexTokTrainer:
         train_loader: Batches of images: those of flextok.data, or [B, 3, H, W] in [-1, 1] (alone or first in a tuple).
         val_loader: Likewise, for validation; may be None.
         device: Where to train.
-        run_dir: Where the run writes; None: by name and date under `checkpoint_dir`, made when first written to.
+        run_dir: Where the run writes; None: a new folder by name and date under `checkpoint_dir`.
         load_encoder: Load REPA's encoder now, rather than when training starts, if it is needed then.
 
     Raises:
-        ConfigError: Settings that do not fit the model, the device or the number of processes.
+        ConfigError: Settings that do not fit the model, the loaders, the device or the number of processes.
     """
 
     def __init__(
@@ -131,7 +138,11 @@ class FlexTokTrainer:
             if load_encoder and not self.has_cached_features:
                 self.repa_module.load_encoder()
         self.readout = build_readout(config, self.model)
-        self.parts = {"encoder": model.encoder, "decoder": model.decoder, "vae": model.vae}  # as in learning_rates()
+        self.parts = {
+            "encoder": model.encoder,
+            "decoder": model.decoder,
+            "vae": model.vae,
+        }  # as in config.learning_rates()
         if self.use_repa:
             self.parts["repa_projector"] = self.repa_module.projector
         if self.readout is not None:
@@ -142,19 +153,18 @@ class FlexTokTrainer:
             compile_blocks(self.model)
         if config.parallel == "fsdp" and world_size() > 1:
             shard(self.parts, self.device)
-        self.losses = self.build_losses()
+        self.loss_module = self.build_losses()
         self.optimizer = build_optimizer(config, self.parts, self.device)
-        if world_size() > 1 and not isinstance(train_loader.batch_sampler, GlobalBatchSampler):
-            raise ConfigError("with several processes the loaders are those of flextok.data.loader.build_loaders")
         self.accumulation = config.accumulation(world_size())
         self.global_batch_size = config.batch_size * self.accumulation * world_size()
+        check_loader(train_loader, self.global_batch_size)
         self.steps_per_epoch = math.ceil(len(train_loader) / self.accumulation)
         self.total_steps = config.total_steps(self.steps_per_epoch)
         self.scheduler = build_schedule(config, self.optimizer, self.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
         self.ema = EMA(self.model, config.ema_decay) if config.use_ema else None
 
-        # What looks on: signals and steps that are not finite, validations and pictures, broken images
+        # Signals and steps that are not finite; validations and pictures; broken images
         self.stop_request = StopRequest()
         scale = lambda: self.scaler.get_scale() if self.scaler.is_enabled() else 1.0  # noqa: E731
         self.guard = StepGuard(self.device, self.stop_request, config.max_nonfinite_steps, scale)
@@ -162,23 +172,25 @@ class FlexTokTrainer:
             config, model, self.ema, train_loader, val_loader, self.stop_request, self.device, self.autocast_dtype
         )
         check_best_metric(config, model.n_registers, self.evaluator.counts)
+        self.token_warnings = TokenWarnings(config.warmup_steps)
         self.broken_files = BrokenFiles(len(train_loader.dataset))
         self.broken_val_files = BrokenFiles(len(val_loader.dataset) if val_loader is not None else 1)
         self.monitor: Monitor | None = None  # while training
 
-        # Where the run stands; a checkpoint holds the first five
+        # Where the run stands, as in checkpoints
         self.global_step = 0  # optimizer steps done
         self.best_val_loss = math.inf  # of best_metric; its negative where more is better
         self.constant_losses: dict[str, float] | None = None  # REPA's losses if every position predicts one vector
         self.start_tokens: torch.Tensor | None = None  # of the model that a fine-tuning started from
         self.wandb_id: str | None = None
+
+        # Where it stands, not in checkpoints
         self.resumed = self.repa_ended = False
         self.latest: dict[str, float] = {}  # the last value of each metric
-        self.token_warnings = {"codes": "", "psnr": ""}  # what is wrong with the tokens, if anything, by what shows it
         self.validated_step: int | None = None
         self.pictured_step: int | None = None
         self.images_in_step = 0  # of all processes, in the last step
-        self.learning_rates: dict[str, float] = {}  # by optimizer group, in the last step
+        self.last_rates: dict[str, float] = {}  # by optimizer group, in the last step
 
     # ------------------------------------------------------------------------------------------------------- set-up
 
@@ -225,13 +237,13 @@ class FlexTokTrainer:
         if batch.latents is not None:
             data_dict[model.vae.vae_latents_write_key] = model.vae.latents_from_moments(batch.latents, data_dict)
         if batch.features is not None:
-            data_dict[FEATURES] = batch.features
+            data_dict[CACHED_FEATURES] = batch.features
         if not model.training:
             data_dict.update(model.drawn_token_counts(random))
         losses = {}
         with self.autocast():
             if self.config.train_vae:
-                losses["vae_loss"] = self.compute_vae_loss(data_dict, batch.images)
+                losses["vae_loss"] = model.vae.loss(data_dict, self.config.vae_kl_weight)
             data_dict = model(data_dict)
         latents = data_dict[model.flow_matching_noise_module.clean_images_read_key]
         velocity = data_dict[model.flow_matching_noise_module.noise_write_key] - latents
@@ -264,8 +276,8 @@ class FlexTokTrainer:
         unpacker = self.model.decoder.module_dict["dec_repa_unpacker"]
         intermediate_features = data_dict[transformer.intermediate_layer_write_key]  # [B, N, layers * D]
         decoder_features = unpacker(data_dict)[unpacker.write_keys[0]]  # [B, h, w, layers * D]: without registers
-        if FEATURES in data_dict:
-            target_features = self.repa_module.targets(data_dict[FEATURES])  # [B, encoder_dim, H, W]
+        if CACHED_FEATURES in data_dict:
+            target_features = self.repa_module.targets(data_dict[CACHED_FEATURES])  # [B, encoder_dim, H, W]
         else:
             self.repa_module.load_encoder()  # if it is not: a batch from elsewhere, of a run whose features are cached
             target_features = self.repa_module.target_features(images)
@@ -279,19 +291,9 @@ class FlexTokTrainer:
         data_dict[LAYER_LOSSES] = {f"repa_loss_layer_{i}": loss for i, loss in zip(self.repa_layers, losses)}
         return torch.stack(losses).mean()
 
-    def compute_vae_loss(self, data_dict: dict, images: torch.Tensor) -> torch.Tensor:
-        """Reconstruction and KL loss of a trained VAE; leaves detached latents, so that the flow loss ends there."""
-        vae = self.model.vae
-        vae.encode(data_dict)
-        latents = data_dict[vae.vae_latents_write_key]
-        reconstruction = vae.decode({vae.vae_latents_read_key: latents})[vae.images_reconst_write_key]
-        data_dict[vae.vae_latents_write_key] = latents.detach()
-        loss = F.mse_loss(reconstruction.float(), images.float())
-        return loss + self.config.vae_kl_weight * data_dict[vae.vae_kl_loss_write_key]
-
     @property
     def repa_active(self) -> bool:
-        """Whether steps compute the REPA loss: `use_repa`, before `repa_stop`."""
+        """Whether steps compute the REPA loss: `use_repa`, until `end_repa`."""
         return self.use_repa and not self.repa_ended
 
     @property
@@ -322,14 +324,23 @@ class FlexTokTrainer:
             Stopped: A signal asked for it; the checkpoint of the last step is written.
             UserError: Too many steps that are not finite, too many broken images, a checkpoint that cannot be written.
         """
-        last_step = min(self.total_steps, max_steps or self.total_steps)
-        self.monitor = self.open_monitor(last_step)
+        last_step = self.total_steps if max_steps is None else min(max_steps, self.total_steps)
+        if self.global_step >= last_step:
+            log.warning(
+                "there is nothing to train: the run is at step %d and is to end at %d", self.global_step, last_step
+            )
+        run_dir = self.run_dir
+        from_first(lambda: prepare_run_dir(run_dir, self.config))
+        wandb = wandb_settings(self.config, run_dir, self.wandb_id)
+        self.monitor = Monitor(run_dir, self.global_step, last_step, wandb)
+        self.wandb_id = self.monitor.wandb_id or self.wandb_id
         try:
             self.measure_start()
             with self.stop_request.listening():
                 try:
                     if self.resumed:
-                        self.validate_and_draw()  # a checkpoint is written before the validation of its step
+                        with self.monitor.paused():
+                            self.validate_and_draw()  # a checkpoint is written before the validation of its step
                     while self.global_step < last_step:
                         for micro_batches in self.rest_of_epoch():
                             losses = self.train_step(micro_batches)
@@ -337,11 +348,13 @@ class FlexTokTrainer:
                             if self.global_step >= last_step:
                                 break
                     self.finish()
-                    self.close_loaders()
+                    for loader in filter(None, (self.train_loader, self.val_loader)):
+                        end_workers(loader)
                 except AskedToStop:
                     self.stop()
-                except TooManyBrokenFiles:
-                    if self.checkpointer.saved_step != self.global_step:
+                except (TooManyBrokenFiles, LoaderError) as error:
+                    in_all = isinstance(error, TooManyBrokenFiles) or world_size() == 1  # which save together
+                    if in_all and self.checkpointer.saved_step != self.global_step:
                         self.save_checkpoint()
                     raise
         except NotFinite as error:
@@ -361,17 +374,19 @@ class FlexTokTrainer:
         batches = iter(self.monitor.waiting_for(batches))
         while micro_batches := list(itertools.islice(batches, self.accumulation)):
             yield micro_batches
+        if self.global_step == epoch * self.steps_per_epoch + first_step:
+            raise UserError(f"the training loader ends before its {len(loader)} batches: its len() has to be right")
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, torch.Tensor]:
-        """One optimizer step on this process's micro-batches of a global batch; nothing here waits for the device.
+        """One optimizer step on this process's micro-batches of a global batch; it waits for the device with adamw8bit
+        alone.
 
         Returns:
-            This process's part in the mean losses of the global batch, and `grad_norm`, the norm of its gradients. A
-            step whose loss or gradient is not finite, in any process, leaves weights, moments and averages as they
-            were.
+            This process's part in the mean losses of the global batch, and `grad_norm`, the norm of all gradients
+            before clipping. A step whose loss or gradient is not finite, in any process, leaves weights, moments and
+            averages as they were; schedule and step count go on.
         """
         self.model.train()
-        micro_batches = [Batch.of(batch) for batch in micro_batches]
         total = sum(batch.size for batch in micro_batches)
         if world_size() > 1:
             total = self.train_loader.batch_sampler.window_size(self.global_step % self.steps_per_epoch)
@@ -382,8 +397,8 @@ class FlexTokTrainer:
             random = self.random_draws(batch, done, total)
             share = batch.size / total  # every image of the step weighs the same, also in a last, smaller batch
             last, keep = i == len(micro_batches) - 1, self.config.fsdp_accumulation == "keep"
-            with sync_gradients(self.losses, self.parts, last, keep):
-                batch_losses = self.losses(batch, random)
+            with sync_gradients(self.loss_module, self.parts, last, keep):
+                batch_losses = self.loss_module(batch, random)
                 # The gradient is a sum over images / total; reducing takes a mean over processes: hence their number.
                 self.scaler.scale(batch_losses["loss"] * (share * world_size())).backward()
             for name, value in batch_losses.items():
@@ -398,7 +413,7 @@ class FlexTokTrainer:
         skip = self.guard.check(losses["loss"], grad_norm)  # the optimizer's step leaves all as it is where this is 1
         with self.guard.skipping(self.optimizer, skip):
             self.optimizer.step()
-        self.learning_rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        self.last_rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -416,12 +431,11 @@ class FlexTokTrainer:
         config, step = self.config, self.global_step
         self.monitor.step(self.images_in_step)
         indices = [i for batch in micro_batches if batch.size and batch.index is not None for i in batch.index.tolist()]
-        stop = self.guard.after_step(step, lambda: self.image_names(indices))  # asked for if the step was skipped
+        stop = self.guard.after_step(step, lambda: image_names(self.train_loader.dataset, indices))
         self.broken_files.note(file for batch in micro_batches for file in batch.broken)
         if step % config.log_every == 0:
             self.log_step(losses)
-        if self.repa_active and step >= (config.repa_stop or math.inf):
-            self.end_repa()
+        self.end_repa_if_due()
         end_of_epoch, epoch = step % self.steps_per_epoch == 0, step // self.steps_per_epoch
         with self.monitor.paused():
             if self.validation_due or (config.save_every_steps and step % config.save_every_steps == 0):
@@ -432,38 +446,34 @@ class FlexTokTrainer:
             if stop:
                 raise AskedToStop
             self.validate_and_draw()
-            if world_size() == 1 or self.validation_due or step % config.log_every == 0:  # the others have to be asked
+            if world_size() == 1 or self.validation_due or step % config.log_every == 0:  # it asks all processes
                 self.broken_files.report()
 
     def log_step(self, losses: dict[str, torch.Tensor]) -> None:
-        """Log the step that was just done, for which this waits."""
-        grad_norm = float(losses.pop("grad_norm"))
-        if not self.repa_active:
-            losses.pop("repa_loss")
-        step = self.global_step - 1
-        metrics = {f"train/{name}": float(summed(value)) for name, value in losses.items()}
-        metrics["train/lr"] = self.learning_rates.get("decoder", next(iter(self.learning_rates.values())))
-        metrics["train/grad_norm"] = grad_norm
+        """Log the step that was just done; synchronizes."""
+        step, left_out = self.global_step - 1, {"grad_norm"} if self.repa_active else {"grad_norm", "repa_loss"}
+        metrics = {f"train/{name}": float(summed(value)) for name, value in losses.items() if name not in left_out}
+        metrics["train/lr"] = self.last_rates.get("decoder", next(iter(self.last_rates.values())))
+        metrics["train/grad_norm"] = float(losses["grad_norm"])
         metrics.update(self.monitor.rates())
         metrics["train/epoch"] = step // self.steps_per_epoch
         metrics["train/skipped_steps"] = self.guard.skipped
         if self.use_repa:
             metrics["train/repa_weight"] = self.config.repa_weight_factor(step) * self.repa_weight
         self.log(metrics)
-        shown = {"loss": "loss", "flow": "flow_loss", "repa": "repa_loss"}
-        shown = {name: f"{metrics[f'train/{key}']:.4f}" for name, key in shown.items() if key in losses}
-        rate = f"{metrics['train/images_per_second']:.1f}"
-        self.monitor.progress.set_postfix({**shown, "lr": f"{metrics['train/lr']:.1e}", "img/s": rate})
+        self.monitor.show(metrics)
 
-    def end_repa(self) -> None:
-        """End the alignment for good: free the encoder; the projector gets no gradients any more."""
+    def end_repa_if_due(self) -> None:
+        """End the alignment for good at `repa_stop`: free the encoder; the projector gets no gradients any more."""
+        if not self.repa_active or self.global_step < (self.config.repa_stop or math.inf):
+            return
         self.repa_ended = True
         self.repa_module.requires_grad_(False)
         for parameter in self.repa_module.parameters():
             self.optimizer.state.pop(parameter, None)
         self.repa_module.free_encoder()
-        self.losses = None  # the gradient buckets of one DDP at a time
-        self.losses = self.build_losses()
+        self.loss_module = None  # the gradient buckets of one DDP at a time
+        self.loss_module = self.build_losses()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # once in a run: what the encoder took goes back to the device
         log.info("step %d: REPA ends (repa_stop), its encoder is freed", self.global_step)
@@ -471,22 +481,14 @@ class FlexTokTrainer:
     def measure_start(self) -> None:
         """Measure, before the first step, what later values are compared with."""
         config = self.config
-        if self.repa_active and self.global_step >= (config.repa_stop or math.inf):
-            self.end_repa()
         if self.repa_active and not self.has_cached_features:
             self.repa_module.load_encoder()
         if self.global_step == 0 and config.fine_tunes:
             self.start_tokens = self.evaluator.tokens()[1]
         if self.repa_active and self.constant_losses is None and config.repa_constant_images:
-            from flextok.training.constant_prediction import constant_losses
-
             log.info("measuring what a constant prediction scores (%d images)", config.repa_constant_images)
-            val = self.val_loader.dataset if self.val_loader is not None else None
-            self.constant_losses = constant_losses(
-                self.repa_module, self.train_loader.dataset, val, config.repa_constant_images, self.evaluator.n_images,
-                config.batch_size, config.num_workers, self.device,
-            )  # fmt: skip
-        if self.constant_losses is not None:  # once in a file, also where a run is continued in another folder
+            self.constant_losses = self.evaluator.constant_losses(self.repa_module)
+        if self.constant_losses is not None:  # the file drops repetitions, and another folder's has none yet
             self.latest.update(self.constant_losses)
             self.monitor.log(self.constant_losses, 0)
         self.monitor.restart_clock()
@@ -506,32 +508,17 @@ class FlexTokTrainer:
             log.warning("no export: the model was not built from a config by FlexTokFromHub")
         if rank() == 0:
             self.monitor.sync()
-            try:
+            with only_warned("curves.png"):
                 save_curves(self.run_dir / "metrics.jsonl", self.run_dir / "curves.png")
-            except OSError as error:
-                log.warning("the curves cannot be written: %s", error)
-
-    def close_loaders(self) -> None:
-        """End the processes that load images; what iterates again starts others."""
-        for loader in (self.train_loader, self.val_loader):
-            if isinstance(loader, BatchLoader):
-                loader.close()
 
     def stop(self) -> None:
         """Write a checkpoint, unless this step has one, and leave."""
         self.guard.read()  # of the last step
         signum = next(signum for signum in gathered(self.stop_request.signum) if signum is not None)
-        self.optimizer.zero_grad(set_to_none=True)  # of a step that was left half-way
         if self.checkpointer.saved_step != self.global_step:
             self.save_checkpoint()
         raise Stopped(signum, f"stopped by {signal.Signals(signum).name} after step {self.global_step}: the checkpoint "
                       f"is written, --resume latest goes on from it")  # fmt: skip
-
-    def image_names(self, indices: list[int]) -> list[str]:
-        """What a person finds training images by: names, or numbers if the dataset has no names."""
-        dataset = self.train_loader.dataset
-        name = getattr(getattr(dataset, "dataset", dataset), "name", "number {}".format)
-        return [name(i) for i in indices]
 
     # --------------------------------------------------------------------------------------------------- validation
 
@@ -543,14 +530,13 @@ class FlexTokTrainer:
         return step > 0 and (last or bool(every and step % every == 0))
 
     def validate_and_draw(self) -> None:
-        """Validate and draw where the current step is one to do so after; the best checkpoint links to the latest."""
+        """Validate and draw where the current step is one to do so after; the best latest.pt becomes best.pt too."""
         config = self.config
         if self.validation_due and self.val_loader is not None:
             self.validate()
             if config.best_metric.startswith("val/psnr"):
                 self.visualize()
-            more_is_better = config.best_metric.startswith(("val/psnr", "val/codes"))
-            value = self.latest.get(config.best_metric, math.nan) * (-1 if more_is_better else 1)
+            value = self.latest.get(config.best_metric, math.nan) * (-1 if more_is_better(config.best_metric) else 1)
             if value < self.best_val_loss:  # never where it is NaN
                 self.best_val_loss = value
                 if self.checkpointer.saved_step != self.global_step:
@@ -579,33 +565,27 @@ class FlexTokTrainer:
             metrics["val/codes_kept"] = float((tokens == self.start_tokens).float().mean())
         self.log(metrics)
         self.validated_step = self.global_step
-        self.warn_of_tokens("codes", tokens_warning(tokens))
+        self.token_warnings.note(self.global_step, "codes", tokens_warning(tokens))
         return metrics
 
-    def visualize(self) -> Path | None:
-        """Write the flexible-length grid: VAE reconstruction | k tokens ... | original; log PSNR by token count."""
+    def visualize(self) -> Path:
+        """Write the flexible-length grid: VAE reconstruction | k tokens ... | original; log PSNR by token count.
+
+        Returns:
+            Where process 0 has written it, if the disk let it.
+        """
         columns, psnr, psnr_mean_image = self.evaluator.reconstructions()
         metrics = {f"val/psnr_k{k}": value for k, value in psnr.items()}
         self.log({**metrics, "val/psnr_mean_image": psnr_mean_image})
-        self.warn_of_tokens("psnr", tokens_warning(psnr_by_count=psnr))
+        self.token_warnings.note(self.global_step, "psnr", tokens_warning(psnr_by_count=psnr))
         self.pictured_step = self.global_step
         path = self.run_dir / "pictures" / f"flexible_length_{self.global_step:07d}.png"
         if rank() == 0:
-            try:
+            with only_warned(path):
                 save_grid(list(columns.values()), list(columns), path)
-            except OSError as error:
-                log.warning("the picture %s cannot be written: %s", path, error)
-                return None
-            if self.monitor is not None:
-                self.monitor.picture("visualizations/flexible_length", path, self.global_step)
+                if self.monitor is not None:
+                    self.monitor.picture("visualizations/flexible_length", path, self.global_step)
         return path
-
-    def warn_of_tokens(self, shown_by: str, warning: str) -> None:
-        """Say what is wrong with the tokens, once the warm-up is over, and not again until it was right."""
-        if self.global_step >= self.config.warmup_steps:
-            if warning and not self.token_warnings[shown_by]:
-                log.warning("step %d: %s", self.global_step, warning)
-            self.token_warnings[shown_by] = warning
 
     # ------------------------------------------------------------------------------------------ checkpoints and logs
 
@@ -635,6 +615,7 @@ class FlexTokTrainer:
         if Path(source).resolve() == (self.checkpointer.folder / "latest.pt").resolve():
             self.checkpointer.saved_step = self.global_step
         self.resumed = True
+        self.end_repa_if_due()
 
     def export(self, folder: Path | None = None) -> Path:
         """Write config.json and model.safetensors (averaged weights if there are any) for from_pretrained."""
@@ -643,20 +624,6 @@ class FlexTokTrainer:
         if rank() == 0:
             self.model.save_pretrained(folder, state_dict=state_dict)
         return folder
-
-    def open_monitor(self, last_step: int) -> Monitor:
-        config, settings = self.config, None
-        run_dir = self.run_dir
-        from_first(lambda: check_writable(run_dir / "checkpoints"))
-        from_first(lambda: write_config(run_dir, config))
-        if config.use_wandb:
-            settings = dict(
-                project=config.wandb_project, name=config.wandb_run_name or self.run_dir.name, tags=config.wandb_tags,
-                config=config.to_dict(), id=self.wandb_id,
-            )  # fmt: skip
-        monitor = Monitor(self.run_dir, self.global_step, last_step, settings)
-        self.wandb_id = monitor.wandb_id or self.wandb_id
-        return monitor
 
     def log(self, metrics: dict[str, float]) -> None:
         """Log plain numbers at the current step, to metrics.jsonl and W&B while training."""
@@ -709,12 +676,7 @@ def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device
         trainer.load_checkpoint(checkpoint)
     trainer.train(arguments.max_steps)
     if rank() == 0:
-        print(f"""
-Done: {trainer.global_step} steps.{what_was_learned(trainer.latest, trainer.token_warnings)}
-  pictures   {run_dir / "pictures"}
-  curves     {run_dir / "curves.png"}
-  metrics    {run_dir / "metrics.jsonl"}
-  model      {run_dir / "export"}   (FlexTokFromHub.from_pretrained loads it)""")
+        print(closing_words(trainer.global_step, trainer.latest, trainer.token_warnings.texts, run_dir))
 
 
 def command_line(arguments: argparse.Namespace) -> None:

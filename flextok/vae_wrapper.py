@@ -163,6 +163,17 @@ class StableDiffusionVAE(nn.Module):
         data_dict[self.images_reconst_write_key] = images.float()
         return data_dict
 
+    def loss(self, data_dict: dict, kl_weight: float) -> torch.Tensor:
+        """Mean squared reconstruction error plus weighted KL divergence of images, of a VAE that is trained.
+
+        Leaves detached latents in the data_dict: what is computed from them later trains other modules alone.
+        """
+        self.encode(data_dict)
+        latents, images = data_dict[self.vae_latents_write_key], data_dict[self.images_read_key]
+        reconstruction = self.decode({self.vae_latents_read_key: latents})[self.images_reconst_write_key]
+        data_dict[self.vae_latents_write_key] = latents.detach()
+        return F.mse_loss(reconstruction, images.float()) + kl_weight * data_dict[self.vae_kl_loss_write_key]
+
 
 class PixelUnshuffleVAE(nn.Module):
     """A lossless stand-in for a VAE: each factor x factor block of pixels becomes one latent of 3 * factor^2 channels.

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from tiny_runs import read_metrics, settings
+from tiny_runs import draw_no_curves, read_metrics, settings
 
 import train_flextok
 from flextok.data.loader import build_loaders
@@ -17,9 +17,14 @@ from flextok.training.config import TrainConfig
 from flextok.training.models import load_model
 from flextok.utils.processes import gathered, joined, rank, world_size
 
-STEPS = 4
+STEPS = 3
 GLOBAL_BATCH = 4
 CPU = torch.device("cpu")
+WITH_ALL = dict(use_repa=True, readout_weight=1.0, use_ema=True)
+ONE_BLOCK = settings()["model"] | dict(encoder_depth=1, decoder_depth=1, repa_layers=[0])
+PLAIN = dict(
+    use_repa=False, photos_train_crops=2 * GLOBAL_BATCH, model=ONE_BLOCK
+)  # quick to compile: all batches alike
 
 
 class InDouble(nn.Module):
@@ -44,14 +49,10 @@ def build(run_dir: Path, **changes) -> train_flextok.FlexTokTrainer:
 
     The last steps of an epoch and of a validation have one image, for one of the processes.
     """
-    changes = dict(batch_size=GLOBAL_BATCH // world_size(), global_batch_size=GLOBAL_BATCH, num_epochs=4) | changes
-    changes |= dict(
-        photos_train_crops=2 * GLOBAL_BATCH + 1,
-        photos_val_crops=GLOBAL_BATCH + 1,
-        val_token_images=0,
-        repa_constant_images=0,
-    )
-    changes |= dict(repa_image_size=32)  # the encoder is slow in fp64
+    sizes = dict(batch_size=GLOBAL_BATCH // world_size(), global_batch_size=GLOBAL_BATCH, num_epochs=4)
+    sizes |= dict(photos_train_crops=GLOBAL_BATCH + 1, photos_val_crops=GLOBAL_BATCH + 1, repa_image_size=32)
+    sizes |= dict(val_token_images=0, repa_constant_images=0, inference_steps=1, vis_token_counts=[8])
+    changes = sizes | changes
     config = TrainConfig.from_dict(settings(**changes))
     train_loader, val_loader = build_loaders(config, *build_datasets(config), CPU)
     model = load_model(config).double()
@@ -105,7 +106,7 @@ def train_briefly(run_dir: Path, steps: int = STEPS, resume: Path = None, **chan
 
 def step_that_one_process_spoils(run_dir: Path, **changes) -> dict:
     """A step whose loss is NaN in the last process alone, between two that are good; what changed where in each."""
-    trainer = build(run_dir, use_ema=True, **changes)
+    trainer = build(run_dir, use_ema=True, photos_train_crops=2 * GLOBAL_BATCH, **changes)
     original, changed, before, shown, warnings = trainer.compute_loss, [], [], [], []
 
     def compute_loss(batch, random):
@@ -161,39 +162,30 @@ def first_gradients(run_dir: Path, **changes) -> dict:
     return gradients
 
 
+# Each with two processes, and in one with the whole batch at once.
 RUNS = {
-    "ddp": dict(use_repa=False),
-    "ddp, accumulated": dict(use_repa=True, batch_size=1, readout_weight=1.0),
-    "ddp, checkpointing": dict(use_repa=True, gradient_checkpointing=True, use_ema=True),
-    "ddp, compiled": dict(use_repa=False, compile=True),
-    "fsdp": dict(use_repa=False, parallel="fsdp"),
-    "fsdp, accumulated": dict(use_repa=True, parallel="fsdp", batch_size=1, readout_weight=1.0),
-    "fsdp, accumulated and kept": dict(
-        use_repa=True, parallel="fsdp", batch_size=1, readout_weight=1.0, fsdp_accumulation="keep"
-    ),
-    "fsdp, checkpointing": dict(use_repa=True, parallel="fsdp", gradient_checkpointing=True, use_ema=True),
-    "fsdp, averages and pictures": dict(use_repa=True, parallel="fsdp", use_ema=True, visualize_every=1),
-    "fsdp, compiled": dict(use_repa=False, parallel="fsdp", compile=True),
-    "not reduced": dict(use_repa=False),
-    "not reduced, REPA": dict(use_repa=True),
+    "ddp": dict(WITH_ALL, batch_size=1, gradient_checkpointing=True),
+    "ddp, compiled": dict(PLAIN, compile=True),
+    "fsdp": dict(WITH_ALL, parallel="fsdp", batch_size=1, visualize_every=1),
+    "fsdp, kept": dict(WITH_ALL, parallel="fsdp", batch_size=1, fsdp_accumulation="keep", gradient_checkpointing=True),
+    "fsdp, compiled": dict(PLAIN, parallel="fsdp", compile=True),
+    "not reduced": dict(WITH_ALL),
 }
 
 
 def main(folder: Path) -> None:
     results = {}
     for name, changes in RUNS.items():
-        train_flextok.data_parallel = without_reduction if name.startswith("not reduced") else parallel.data_parallel
+        train_flextok.data_parallel = without_reduction if name == "not reduced" else parallel.data_parallel
         results[name] = train_briefly(folder / name, **changes)
         dist.barrier()
     train_flextok.data_parallel = parallel.data_parallel
-    # A checkpoint of one process goes on in two.
-    for name in ("ddp, checkpointing", "fsdp, checkpointing"):
-        results[f"{name}, resumed"] = train_briefly(
-            folder / f"{name}, resumed", STEPS + 4, folder / "one" / "checkpoints" / "latest.pt", **RUNS[name]
-        )
     for name in ("ddp", "fsdp"):
+        checkpoint = folder / "one" / "checkpoints" / "latest.pt"
+        resumed = train_briefly(folder / f"{name}, resumed", STEPS + 2, checkpoint, **RUNS[name])
+        results[f"{name}, resumed"] = resumed
         results[f"{name}, bf16"] = first_gradients(folder / f"{name}, bf16", use_repa=False, parallel=name)
-        spoiled = step_that_one_process_spoils(folder / f"{name}, spoiled", use_repa=True, parallel=name)
+        spoiled = step_that_one_process_spoils(folder / f"{name}, spoiled", use_repa=False, parallel=name)
         results[f"{name}, spoiled"] = spoiled
     if rank() == 0:
         torch.save(results, folder / "results.pt")
@@ -201,6 +193,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    draw_no_curves()
     compile_module = torch.nn.Module.compile  # without a compiler of C++, which takes a minute here
     torch.nn.Module.compile = lambda module: compile_module(module, backend="eager")
     with joined(CPU):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 from processes import ROOT, Script
-from tiny_runs import read_metrics, run_main, settings
+from tiny_runs import run_main, settings
 
 from flextok.utils.errors import UserError
 
@@ -48,29 +48,25 @@ def test_a_run_from_another_folder_ends_with_where_everything_is(tmp_path):
         assert (tmp_path / "run" / name).exists() and str(tmp_path / "run" / name) in closing
 
 
-def test_check_prints_the_summary_and_writes_and_loads_nothing(tmp_path):
+def test_check_knows_the_published_model_without_network_and_writes_and_loads_nothing(tmp_path):
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "timm.py").write_text("raise ImportError('--check must not load an encoder')")
-    result = call("--config", config_file(tmp_path), "--check", PYTHONPATH=str(blocked))
-    assert result.returncode == 0, result.stderr
-    assert "run folder" in result.stdout and not (tmp_path / "runs").exists()
-
-
-def test_check_knows_the_published_model_without_network(tmp_path):
     for i in range(3):
         Image.new("RGB", (40, 40)).save(tmp_path / f"{i}.jpg")
-    result = call("--config", ROOT / "configs/train_celebahq.yaml", "--check", "--set", f"data_path={tmp_path}",
-                  "--set", "dataset_name=celebahq", "--set", "use_repa=true", HF_HUB_OFFLINE="1")  # fmt: skip
+    overrides = (f"data_path={tmp_path}", "dataset_name=celebahq", "use_repa=true", f"checkpoint_dir={tmp_path}/runs")
+    result = call("--config", ROOT / "configs/train_celebahq.yaml", "--check",
+                  *(word for override in overrides for word in ("--set", override)),
+                  HF_HUB_OFFLINE="1", PYTHONPATH=str(blocked))  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "encoder 287.33 M trained, decoder 578.59 M trained, vae 83.82 M frozen" in result.stdout
     assert "dinov2_vitl14" in result.stdout and "37x37 x 1024" in result.stdout
+    assert "run folder" in result.stdout and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"use_rpea": True}, "unknown setting: 'use_rpea' (did you mean 'use_repa'?)"),
         ({"repa_encoder_dim": 768}, "repa_encoder_dim is 768, but efficientnet_lite0 gives 1280: set 1280 or null"),
         ({"repa_encoder_type": "dinov2_vitl"}, "repa_encoder_type is 'dinov2_vitl'"),
         ({"repa_image_size": 100}, "takes multiples of 32"),
@@ -80,8 +76,6 @@ def test_check_knows_the_published_model_without_network(tmp_path):
         ({"model": {"encoder_depth": "four"}}, "model: "),
         ({"model": {**settings()["model"], "img_size": 16}}, "img_size 32 does not fit the model"),
         ({"repa_layers": [1, 3]}, "the decoder has the layers 0 to 2"),
-        ({"repa_cache": True, "random_crop": True}, "crop is random"),
-        ({"model": {**settings()["model"], "fsq_levels": 5}}, "model: "),
         ({"dataset_name": "folder"}, "set data_path to the folder that holds your images"),
         ({"img_size": 36}, "img_size is 36, expected a multiple of 8"),
         ({"dataset_name": "folder", "data_path": "/nowhere"}, "/nowhere"),
@@ -122,13 +116,12 @@ def test_an_unreachable_hub_model_is_a_clear_error(tmp_path):
 
 def test_wandb_without_login_goes_offline_and_gets_the_metrics(tmp_path):
     """No key, no terminal, no network: the run neither asks nor waits."""
-    config = config_file(tmp_path, use_wandb=True)
+    config = config_file(tmp_path, use_wandb=True, use_repa=False)
     environment = {"WANDB_API_KEY": None, "WANDB_MODE": None, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
-    result = call("--config", config, "--max-steps", 2, "--run-dir", tmp_path / "run", **environment)
+    result = call("--config", config, "--max-steps", 1, "--run-dir", tmp_path / "run", **environment)
     assert result.returncode == 0, result.stderr
     (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert list(offline.glob("*.wandb")) and "offline" in result.stderr
-    assert [r["step"] for r in read_metrics(tmp_path / "run") if "train/loss" in r] == [1, 2]
 
 
 def test_a_run_without_the_wandb_package_still_trains(tmp_path):
@@ -138,7 +131,7 @@ def test_a_run_without_the_wandb_package_still_trains(tmp_path):
     config = config_file(tmp_path, use_wandb=True, use_repa=False)
     result = call("--config", config, "--max-steps", 1, "--run-dir", tmp_path / "run", PYTHONPATH=str(blocked))
     assert result.returncode == 0, result.stderr
-    assert "wandb is not installed" in result.stderr and read_metrics(tmp_path / "run")
+    assert "wandb is not installed" in result.stderr and (tmp_path / "run" / "metrics.jsonl").stat().st_size
 
 
 def test_wandb_gets_the_documented_names_and_one_run_id_across_a_resume(tmp_path):
@@ -168,8 +161,8 @@ def test_wandb_gets_the_documented_names_and_one_run_id_across_a_resume(tmp_path
     )
     notes = tmp_path / "notes.jsonl"
     environment = dict(PYTHONPATH=str(package), WANDB_NOTES=str(notes), WANDB_MODE="offline")
-    config = config_file(tmp_path, use_wandb=True, wandb_project="p", wandb_tags=["t"], visualize_every=2)
-    for steps, resume in ((2, []), (3, ["--resume", "latest"])):
+    config = config_file(tmp_path, use_wandb=True, wandb_project="p", wandb_tags=["t"])
+    for steps, resume in ((1, []), (2, ["--resume", "latest"])):
         result = call("--config", config, "--max-steps", steps, "--run-dir", tmp_path / "run", *resume, **environment)
         assert result.returncode == 0, result.stderr
     calls = [json.loads(line) for line in notes.read_text().splitlines()]
@@ -178,25 +171,9 @@ def test_wandb_gets_the_documented_names_and_one_run_id_across_a_resume(tmp_path
         ["init", "p", "tiny", ["t"], "abc123", "offline", "allow", True],
     ]
     logged = [c[1] for c in calls if c[0] == "log"]
-    assert [m["train/step"] for m in logged if "train/loss" in m] == [1, 2, 3]
+    assert [m["train/step"] for m in logged if "train/loss" in m] == [1, 2]
     assert any("visualizations/flexible_length" in m for m in logged)
     names = {key for m in logged for key in m}
     assert {"train/loss", "train/flow_loss", "train/repa_loss", "train/repa_weight", "train/lr", "train/grad_norm",
             "train/images_per_second", "train/data_wait", "train/epoch", "val/loss", "val/flow_loss",
             "val/repa_loss"} <= names  # fmt: skip
-
-
-def test_broken_images_are_named_and_too_many_stop_the_run(tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    for i in range(12):
-        Image.new("RGB", (40, 40), (20 * i, 0, 0)).save(images / f"{i}.png")
-    (images / "3.png").write_bytes(b"not an image")
-    config = config_file(tmp_path, dataset_name="folder", data_path=str(tmp_path), val_fraction=0.1, use_repa=False,
-                         num_epochs=1)  # fmt: skip
-    result = call("--config", config, "--run-dir", tmp_path / "one")
-    assert result.returncode == 0 and result.stderr.count("3.png") == 1, result.stderr
-    for i in (5, 7, 8):
-        (images / f"{i}.png").write_bytes(b"")
-    result = call("--config", config, "--run-dir", tmp_path / "many")
-    assert result.returncode == 1 and "more than 1 %" in result.stderr and "Traceback" not in result.stderr

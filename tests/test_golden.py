@@ -167,18 +167,10 @@ def test_gradient_checkpointing_recomputes_each_block_and_changes_no_bit(model, 
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
-def test_compiled_encoder_and_decoder_are_full_graphs_with_the_recorded_numbers(model, recorded, decoder_input):
-    encoder = torch.compile(model.encoder, fullgraph=True, backend="eager")
-    assert_close(encoder({"vae_latents": recorded["vae_latents"]})["enc_registers"], recorded["enc_registers"])
-    decoder = torch.compile(model.decoder, fullgraph=True, backend="eager")
-    velocity = decoder(decoder_input(eval_keep_k=recorded["eval_keep_k"]))["vae_latents_reconst"]
-    assert_close(velocity, recorded["velocity_keep_k"])
-
-
 def test_a_compiled_decoder_trains_with_one_graph_for_all_steps():
-    model, graphs = tiny_model(null_condition_prob=0.5).train(), CompileCounter()
+    model, graphs = tiny_model(encoder_depth=1, null_condition_prob=0.5).train(), CompileCounter()
     decoder = torch.compile(model.decoder, backend=graphs, fullgraph=True)
-    for step in range(4):
+    for step in range(3):
         data_dict = {
             "enc_registers_quant": make_noise(3, N_REGISTERS, 6), "vae_latents_noised": make_noise(3, *LATENT_SHAPE),
             "timesteps": torch.tensor([0.1, 0.5, 0.9]), RANDOM_KEY: make_draws(3, step=step),

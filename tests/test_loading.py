@@ -1,20 +1,20 @@
 """Saving and loading: folders, the Hub's cache, single files, damaged files, and weights that do not fit."""
 
+import copy
 import json
 import os
 import socket
 
 import pytest
 import torch
-import yaml
-from helpers import make_images, make_noise, save_tiny_vae, tiny_config, tiny_model
+from helpers import make_images, save_tiny_vae, tiny_config, tiny_model
 from safetensors.torch import save_file
 from tiny_runs import same, settings
 
 from flextok import FlexTokFromHub
 from flextok.flextok_wrapper import PARTS
 from flextok.training.config import TrainConfig
-from flextok.training.models import known_model_config, load_model
+from flextok.training.models import load_model
 from flextok.utils.checkpoint import (
     CheckpointError,
     load_model_from_safetensors,
@@ -90,7 +90,6 @@ def assert_same_model(loaded, model):
 
 
 def test_a_saved_folder_loads_as_the_same_model_and_is_saved_as_the_same_again(model, folder, tmp_path):
-    assert_same_model(FlexTokFromHub.from_pretrained(folder), model)
     loaded = FlexTokFromHub.from_pretrained(str(folder))
     assert_same_model(loaded, model)
     loaded.save_pretrained(tmp_path / "again")
@@ -99,25 +98,12 @@ def test_a_saved_folder_loads_as_the_same_model_and_is_saved_as_the_same_again(m
     assert same(first, second) and first[1] == model.config
 
 
-def test_the_saved_config_has_the_six_parts_and_nothing_else(tmp_path):
-    config = {"_target_": "flextok.flextok_wrapper.FlexTok", "note": "more keys", **tiny_config()}
-    FlexTokFromHub(config).save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved.keys() == set(PARTS)
-    assert saved == {**tiny_config(), "pipeline": {**tiny_config()["pipeline"], "_partial_": True}}
-
-
-def test_the_config_may_be_in_the_header_alone_or_nested(model, folder):
+def test_the_config_may_be_in_the_header_alone_and_a_config_file_decides_over_it(model, folder):
     (folder / "config.json").unlink()
     assert_same_model(FlexTokFromHub.from_pretrained(folder), model)
-    (folder / "config.json").write_text(json.dumps({"config": model.config}))
-    assert_same_model(FlexTokFromHub.from_pretrained(folder), model)
-
-
-def test_the_config_file_decides_over_the_header(model, folder):
-    config = json.loads((folder / "config.json").read_text())
+    config = copy.deepcopy(model.config)
     config["decoder"]["module_dict"]["dec_latent_dropout"]["dropout_prob"] = 0.7
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"config": config}))
     loaded = FlexTokFromHub.from_pretrained(folder)
     assert loaded.decoder.module_dict["dec_latent_dropout"].dropout_prob == 0.7
 
@@ -132,88 +118,31 @@ def test_the_hubs_cache_is_enough_without_network(model, folder, hub_cache, tmp_
     assert_same_model(FlexTokFromHub.from_pretrained(HUB_NAME, cache_dir=tmp_path / "hub"), model)
 
 
-def test_a_folder_that_lacks_something_is_refused_with_what(model, folder):
-    save_file(model.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").unlink()
-    with pytest.raises(ConfigError, match="neither a config.json nor a config in the header"):
-        FlexTokFromHub.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="saved has no model.safetensors$"):
-        FlexTokFromHub.from_pretrained(folder)
-
-
-def test_a_config_that_builds_something_else_is_refused_on_loading(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["regularizer"] = {"_target_": "os.system", "command": "true"}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="'os.system' is not allowed"):
-        FlexTokFromHub.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("exported", [True, False])
-def test_a_training_checkpoint_in_place_of_a_model_is_refused_with_the_export_to_give(model, tmp_path, exported):
+def test_a_training_checkpoint_in_place_of_a_model_is_refused_with_the_export_to_give(model, tmp_path):
     run = tmp_path / "run"
     checkpoint = run / "checkpoints" / "latest.pt"
     checkpoint.parent.mkdir(parents=True)
     torch.save({"model_state_dict": model.state_dict()}, checkpoint)
-    if exported:
-        model.save_pretrained(run / "export")
-    instead = f"give {run}/export" if exported else "give the folder `export` of its run"
-    command = f"python -m flextok.training.export {checkpoint} my_model"
     config = TrainConfig.from_dict(settings(model=None, model_name=str(checkpoint)))
-    for load in (
-        lambda: FlexTokFromHub.from_pretrained(checkpoint),
-        lambda: load_model_from_safetensors(checkpoint),
-        lambda: known_model_config(config),
-        lambda: load_model(config),
-    ):
-        with pytest.raises(CheckpointError, match=f"latest.pt is .*{instead}.*{command}"):
+    model.save_pretrained(run / "export")
+    for load in (lambda: FlexTokFromHub.from_pretrained(checkpoint), lambda: load_model(config)):
+        with pytest.raises(CheckpointError, match=f"give {run}/export.* -m flextok.training.export {checkpoint} my_mo"):
             load()
-    missing = f"the folder {run} has no model.safetensors" + (f", but {run}/export has" if exported else "$")
-    with pytest.raises(FileNotFoundError, match=missing):
+    with pytest.raises(FileNotFoundError, match=f"the folder {run} has no model.safetensors, but {run}/export has"):
         FlexTokFromHub.from_pretrained(run)
-    with pytest.raises(ConfigError, match=f"model_name: {missing}"):
-        known_model_config(TrainConfig.from_dict(settings(model=None, model_name=str(run))))
 
 
 # Single files
 
 
-def with_none_as_text(value):
-    """A tree in which None is the text `None`, as YAML writers of Python values leave it."""
-    if isinstance(value, dict):
-        return {key: with_none_as_text(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [with_none_as_text(item) for item in value]
-    return "None" if value is None else value
-
-
-def as_yaml(value):
-    return yaml.safe_dump(value, sort_keys=False)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [repr, json.dumps, as_yaml, lambda part: as_yaml(with_none_as_text(part)).replace("'None'", "None")],
-    ids=["python", "json", "yaml", "yaml with None"],
-)
+@pytest.mark.parametrize("write", [repr, json.dumps], ids=["python", "json"])
 @pytest.mark.parametrize("nested", [False, True], ids=["parts", "under config"])
 def test_a_single_file_carries_its_config_as_text(tmp_path, write, nested):
     model = tiny_model(mode_scale=None)
     assert model.config["flow_matching_noise_module"]["mode_scale"] is None
     header = {"config": write(model.config)} if nested else {key: write(part) for key, part in model.config.items()}
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt", **header})
-    loaded = load_model_from_safetensors(tmp_path / "model.safetensors")
-    assert_same_model(loaded, model)
-    assert loaded.device.type == "cpu"
-
-
-def test_metadata_round_trips_through_the_header(tmp_path):
-    metadata = {"a": None, "b": {"c": [1, 2.5, True, None, "text"]}, "d": "None of these", "e": 3, "f": "plain"}
-    tensors = {"x": make_noise(2, 3), "y": torch.arange(3)}
-    save_safetensors(tensors, tmp_path / "file.safetensors", metadata)
-    assert same(load_safetensors(tmp_path / "file.safetensors"), (tensors, metadata))
-    assert same(load_safetensors(tmp_path / "file.safetensors", return_metadata=False), tensors)
+    assert_same_model(load_model_from_safetensors(tmp_path / "model.safetensors"), model)
 
 
 def test_files_that_are_missing_or_lack_a_config_are_refused_with_what_to_do(model, folder):
@@ -225,6 +154,12 @@ def test_files_that_are_missing_or_lack_a_config_are_refused_with_what_to_do(mod
         load_model_from_safetensors(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="is a file, expected a folder.*: give its folder"):
         FlexTokFromHub.from_pretrained(folder / "model.safetensors")
+    (folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match="neither a config.json nor a config in the header"):
+        FlexTokFromHub.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="saved has no model.safetensors$"):
+        FlexTokFromHub.from_pretrained(folder)
 
 
 # Damaged files
@@ -235,119 +170,69 @@ NO_WEIGHTS = {
     POINTER: "it is a pointer of Git LFS: run `git lfs pull`",
     b"<!DOCTYPE html><html>Sign in</html>": "it is a web page: download the file itself",
     b"These are the weights of July.": "copy or download it again",
-    b"PK\x03\x04" + bytes(100): "copy or download it again",
 }
 
 
-@pytest.mark.parametrize("content, reason", NO_WEIGHTS.items(), ids=["empty", "LFS", "HTML", "text", "zip"])
+@pytest.mark.parametrize("content, reason", NO_WEIGHTS.items(), ids=["empty", "LFS", "HTML", "text"])
 def test_files_without_weights_are_refused_with_path_size_and_reason(tmp_path, content, reason):
     for name, load in (("model.safetensors", load_safetensors), ("latest.pt", load_pickled)):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CheckpointError, match=rf"{name} \({len(content)} bytes\) .*{reason}") as error:
+        with pytest.raises(CheckpointError, match=rf"{name} \({len(content)} bytes\) .*{reason}"):
             load(tmp_path / name)
-        assert len(str(error.value)) < len(str(tmp_path)) + 300
 
 
-@pytest.mark.parametrize("kept", [1, 9, 300, 0.5, -1], ids=str)
-def test_truncated_files_are_refused_with_path_and_size(model, folder, kept):
+def test_truncated_files_are_refused_with_path_and_size(model, folder):
     torch.save(model.state_dict(), folder / "latest.pt")
-    for name, loads in (
-        ("model.safetensors", (load_safetensors, lambda path: FlexTokFromHub.from_pretrained(path.parent))),
-        ("latest.pt", (load_pickled,)),
-    ):
-        content = (folder / name).read_bytes()
-        content = content[: int(len(content) * kept)] if isinstance(kept, float) else content[:kept]
+    for name, load in (("model.safetensors", load_safetensors), ("latest.pt", load_pickled)):
+        content = (folder / name).read_bytes()[:20_000]
         (folder / name).write_bytes(content)
-        for load in loads:
-            with pytest.raises(CheckpointError, match=rf"{name} \({len(content)} bytes\).*copy or download it again"):
-                load(folder / name)
+        with pytest.raises(CheckpointError, match=rf"{name} \({len(content)} bytes\).*copy or download it again"):
+            load(folder / name)
+    with pytest.raises(CheckpointError, match="model.safetensors .*copy or download it again"):
+        FlexTokFromHub.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before PyTorch 1.6"])
-def test_what_torch_save_wrote_is_read_and_nothing_in_it_is_run(tmp_path, monkeypatch, legacy):
+def test_what_torch_save_wrote_is_read_and_nothing_in_it_is_run(tmp_path):
     path = tmp_path / "weights.pt"
     tree = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(1, dtype=torch.long), "more": [1, None, "text"]}
-    torch.save(tree, path, _use_new_zipfile_serialization=not legacy)
-    read = load_pickled(path)
-    assert same(read, tree)
-    read["a"].zero_()  # what is mapped is a copy
+    torch.save(tree, path)
     assert same(load_pickled(path), tree)
 
     class Call:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    torch.save({"a": Call()}, path, _use_new_zipfile_serialization=not legacy)
+    torch.save({"a": Call()}, path)
     with pytest.raises(CheckpointError, match="it holds posix.mkdir, expected tensors and plain values alone"):
         load_pickled(path)
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("target", ["save_file", "os.replace"])
-def test_a_crash_while_saving_leaves_the_previous_file(folder, monkeypatch, target):
-    path = folder / "model.safetensors"
-    before = path.read_bytes()
-
-    def crash(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"flextok.utils.checkpoint.{target}", crash)
-    with pytest.raises(KeyboardInterrupt):
-        save_safetensors({"x": torch.zeros(1)}, path)
-    assert path.read_bytes() == before
-    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-
-
 # Names and shapes of weights
-
-
-def test_names_that_wrappers_insert_are_removed_on_loading_and_on_saving(model, folder):
-    wrapped = {
-        key.replace(".0.", "._checkpoint_wrapped_module.0.").replace(".1.", ".1._orig_mod."): value
-        for key, value in model.state_dict().items()
-    }
-    assert sum("_wrapped_module." in key for key in wrapped) > 10 and sum("_orig_mod." in key for key in wrapped) > 10
-    save_file(wrapped, folder / "model.safetensors")
-    assert_same_model(FlexTokFromHub.from_pretrained(folder), model)
-    save_safetensors(wrapped, folder / "model.safetensors")
-    assert load_safetensors(folder / "model.safetensors", return_metadata=False).keys() == model.state_dict().keys()
 
 
 def test_what_does_not_fit_is_counted_with_examples_and_the_model_is_untouched(model):
     state_dict = {key: value + 1 for key, value in model.state_dict().items()}
     keys = [key for key in state_dict if key.endswith("weight")]
-    missing, misshaped, unexpected = keys[:4], keys[4:9], ["decoder.extra.weight", "vae.vae.quant_conv.bias"]
+    missing, misshaped = keys[:4], keys[4:9]
     for key in missing:
         del state_dict[key]
-    for key in misshaped:
-        state_dict[key] = torch.zeros(7, 5)
-    state_dict.update({key: torch.zeros(2) for key in unexpected})
+    state_dict.update({key: torch.zeros(7, 5) for key in misshaped})
+    state_dict["decoder.extra.weight"] = torch.zeros(2)
     target = tiny_model(seed=1)
     before = {key: value.clone() for key, value in target.state_dict().items()}
+    shapes = {key: list(value.shape) for key, value in before.items()}
     with pytest.raises(CheckpointError) as error:
         load_weights(target, state_dict, source="the old run")
-    shapes = {key: list(value.shape) for key, value in before.items()}
     assert str(error.value) == (
         f"the old run does not fit the model: 4 tensors are missing, e.g. "
         f"{', '.join(f'{key} {shapes[key]}' for key in missing[:3])}; "
-        f"2 tensors are not the model's, e.g. decoder.extra.weight [2], vae.vae.quant_conv.bias [2]; "
+        f"1 tensors are not the model's, e.g. decoder.extra.weight [2]; "
         f"5 tensors have other shapes, e.g. "
         f"{', '.join(f'{key} [7, 5] where the model has {shapes[key]}' for key in misshaped[:3])}. "
         "Weights and config must be those of one model"
     )
-    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
-    with pytest.raises(
-        CheckpointError, match="the old run holds a dict at 'model' of its weights, expected tensors by name"
-    ):
-        load_weights(target, {"model": state_dict}, source="the old run")
-
-
-def test_weights_for_other_sizes_are_refused_in_a_few_words(folder):
-    config = tiny_config(encoder_width=128, decoder_depth=1, repa_layers=[0])
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"saved does not fit the model: .*dec_transformer\.blocks\.1\.") as error:
-        FlexTokFromHub.from_pretrained(folder)
-    assert len(str(error.value)) < len(str(folder)) + 1200
+    assert same(dict(target.state_dict()), before)
 
 
 # The VAE in and beside the checkpoint
@@ -371,41 +256,25 @@ def vae_config(hub_path):
     return tiny_config(vae="stable_diffusion", vae_hub_path=hub_path, latent_channels=4)
 
 
-def test_a_model_with_a_vae_round_trips(vae_folder, tmp_path):
-    model = FlexTokFromHub(vae_config(str(vae_folder))).eval()
-    model.save_pretrained(tmp_path / "saved")
-    loaded = FlexTokFromHub.from_pretrained(tmp_path / "saved")
-    assert same_weights(loaded, model) and loaded.config == model.config
-    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert saved.keys() == set(PARTS)
-    assert saved["vae"] == {**vae_config(str(vae_folder))["vae"], "scaling_factor": 0.5}
-
-
 def without_vae(model):
     return {key: value for key, value in model.state_dict().items() if not key.startswith("vae.")}
 
 
-def test_a_checkpoint_without_vae_takes_the_vae_and_scaling_factor_that_its_config_names(vae_folder, tmp_path):
+def test_a_checkpoint_with_a_vae_round_trips_and_one_without_takes_the_vae_that_its_config_names(vae_folder, tmp_path):
     config = vae_config(str(vae_folder))
+    model = FlexTokFromHub(config).eval()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = FlexTokFromHub.from_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert same_weights(loaded, model) and saved.keys() == set(PARTS)
+    assert loaded.config["vae"] == saved["vae"] == {**config["vae"], "scaling_factor": 0.5}
     assert config["vae"]["scaling_factor"] is None
-    model = FlexTokFromHub(config)
     save_safetensors(without_vae(model), tmp_path / "model.safetensors", config)
     loaded = load_model_from_safetensors(tmp_path / "model.safetensors")
     assert same_weights(loaded, model)
     assert loaded.vae.scaling_factor == loaded.config["vae"]["scaling_factor"] == 0.5
-
-
-def test_a_checkpoint_without_vae_and_without_its_name_loads_with_a_warning(small_default_vae, tmp_path, caplog):
-    model = FlexTokFromHub(vae_config(None))
-    save_safetensors(without_vae(model), tmp_path / "model.safetensors", model.config)
-    assert same(without_vae(load_model_from_safetensors(tmp_path / "model.safetensors")), without_vae(model))
-    assert "no VAE weights" in caplog.text
-
-
-def test_a_part_of_the_vaes_weights_is_not_enough(vae_folder):
-    model = FlexTokFromHub(vae_config(str(vae_folder)))
     tensors = dict(model.state_dict())
-    del tensors["vae.vae.quant_conv.bias"]
+    del tensors["vae.vae.quant_conv.bias"]  # a part of its weights is not enough
     with pytest.raises(CheckpointError, match=r": 1 tensors are missing, e\.g\. vae\.vae\.quant_conv\.bias \[8\]\. "):
         load_weights(model, tensors)
 

@@ -16,20 +16,10 @@ from flextok.training.config import (
 )
 from flextok.training.runs import find_run, new_run_dir, write_config
 from flextok.utils.config import ConfigError
-from flextok.utils.files import folder_name
 from flextok.utils.plain import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 PYDANTIC = tuple(int(part) for part in pydantic.VERSION.split(".")[:2])
-
-# Keys that existing configs hold.
-DOCUMENTED_KEYS = """model_name train_encoder train_decoder train_vae train_from_scratch fsq_levels
-gradient_checkpointing dataset_name data_path img_size use_augmentation num_epochs batch_size val_batch_size
-max_val_batches num_workers gradient_accumulation_steps use_amp max_grad_norm optimizer learning_rate encoder_lr
-decoder_lr vae_lr betas weight_decay eps scheduler warmup_steps min_lr use_ema ema_decay inference_steps guidance_scale
-perform_norm_guidance vis_token_counts checkpoint_dir resume save_every use_wandb wandb_project wandb_run_name
-wandb_tags log_every visualize_every use_repa repa_weight repa_encoder_type repa_encoder_dim repa_target_size
-repa_lr""".split()
 
 
 def config(**settings) -> TrainConfig:
@@ -43,60 +33,34 @@ def file(tmp_path) -> Path:
     return path
 
 
-def test_every_documented_key_is_a_setting():
-    assert set(DOCUMENTED_KEYS) <= set(TrainConfig.model_fields)
-
-
-def test_every_setting_says_what_it_means():
-    for name, field in TrainConfig.model_fields.items():
-        assert field.description.endswith("."), name
-
-
 WRONG = [
     ({"use_rpea": True}, "unknown setting: 'use_rpea' (did you mean 'use_repa'?)"),
-    ({7: True}, "unknown setting: '7'"),
     ({"learning_rate": "1e-4"}, "learning_rate is '1e-4', expected a number: remove the quotes"),
-    ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a number"),
-    ({"learning_rate": True}, "learning_rate is True, expected a number"),
     ({"learning_rate": 0}, "learning_rate is 0, expected more than 0"),
     ({"learning_rate": float("nan")}, "learning_rate is nan, expected a finite number"),
-    ({"min_lr": float("inf")}, "min_lr is inf, expected a finite number"),
     ({"batch_size": 1.5}, "batch_size is 1.5, expected a whole number"),
-    ({"batch_size": True}, "batch_size is True, expected a whole number"),
-    ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
-    ({"batch_size": None}, "batch_size is None, expected a whole number"),
     ({"val_batch_size": "4"}, "val_batch_size is '4', expected a whole number or null: remove the quotes"),
     ({"use_repa": "yes"}, "use_repa is 'yes', expected true or false"),
-    ({"use_repa": 1}, "use_repa is 1, expected true or false"),
     ({"use_amp": "yes"}, "use_amp is 'yes', expected true or false or auto"),
     ({"wandb_run_name": 2024}, "wandb_run_name is 2024, expected text or null: put it in quotes"),
     ({"betas": [0.9]}, "betas is [0.9], expected at least 2 values"),
-    ({"betas": [0.9, 1.0]}, "betas is [0.9, 1.0], expected less than 1"),
-    ({"betas": 0.9}, "betas is 0.9, expected a list of values"),
-    ({"repa_target_size": [37]}, "repa_target_size is [37], expected at least 2 values or auto"),
-    (
-        {"repa_target_size": [37, "37"]},
-        "repa_target_size is [37, '37'], expected a whole number or auto: remove the quotes",
-    ),
-    ({"repa_weight": -1.0}, "repa_weight is -1.0, expected at least 0"),
     ({"fsq_levels": [8, 1]}, "fsq_levels is [8, 1], expected at least 2 or null"),
     (
         {"scheduler": "cosin"},
         "scheduler is 'cosin', expected one of cosine, linear, wsd, none (did you mean 'cosine'?)",
     ),
-    ({"optimizer": "sgd"}, "optimizer is 'sgd', expected one of adamw, adam, adamw8bit, muon"),
     ({"dataset_name": "celebhq"}, "dataset_name is 'celebhq' (did you mean 'celebahq'?); use `folder` for others"),
+    ({"flow": {"shfit": 2}}, "unknown setting: 'flow.shfit' (did you mean 'shift'?)"),
+    ({"flow": {"shift": 0}}, "flow.shift is 0, expected more than 0 or null"),
     ({"repa_layers": [1, 1]}, "repa_layers is [1, 1], expected different layers, at least one, or null"),
-    ({"repa_layers": []}, "repa_layers is [], expected different layers, at least one, or null"),
 ]
 
 
 @pytest.mark.parametrize("settings, message", WRONG, ids=lambda value: str(value)[:40])
 def test_a_wrong_setting_is_refused_in_one_sentence(settings, message):
-    for build in (config, lambda **settings: TrainConfig(**settings)):
-        with pytest.raises(ConfigError) as error:
-            build(**{str(key): value for key, value in settings.items()})
-        assert str(error.value) == message
+    with pytest.raises(ConfigError) as error:
+        config(**settings)
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
@@ -106,6 +70,7 @@ def test_a_wrong_setting_is_refused_in_one_sentence(settings, message):
         ({"model": {"encoder_dpeth": 4}}, "model: unknown argument 'encoder_dpeth' .did you mean 'encoder_depth'"),
         ({"disable_gradient_checkpointing": True, "gradient_checkpointing": True}, "contradict each other"),
         ({"parallel": "fsdp", "train_vae": True}, "a VAE is trained with ddp alone"),
+        ({"parallel": "fsdp", "optimizer": "muon"}, "optimizer is muon, which needs whole parameters"),
         ({"cache_latents": True, "random_crop": True}, "cache_latents is true, but crop is random"),
         ({"repa_cache": True, "random_crop": True}, "repa_cache is true, but crop is random"),
         ({"cache_latents": True, "train_vae": True}, "the latents of a VAE that is trained change"),
@@ -122,16 +87,14 @@ def test_all_mistakes_are_reported_together_one_per_line():
     assert sorted(line.split()[0] for line in str(error.value).splitlines()) == [
         "batch_size", "betas", "dataset_name", "unknown"
     ]  # fmt: skip
-    with pytest.raises(ConfigError) as error:
-        config(cache_latents=True, random_crop=True, train_vae=True)
-    assert len(str(error.value).splitlines()) == 2
 
 
 def test_what_is_merely_unwise_is_a_warning(file, caplog, monkeypatch):
     caplog.set_level(logging.WARNING, "flextok")
-    overrides = ["use_repa=true", "repa_weight=0", "repa_warmup_steps=8", "repa_stop=5"]
+    overrides = ["use_repa=true", "repa_weight=0", "repa_warmup_steps=8", "repa_stop=5", "flow.mode_scale=3"]
     assert load_config(file, overrides).repa_weight == 0
-    assert [message.split()[0] for message in caplog.messages] == ["repa_weight", "repa_warmup_steps"]
+    names = {"repa_weight", "repa_warmup_steps", "flow.mode_scale"}
+    assert {message.split()[0] for message in caplog.messages} == names and len(caplog.messages) == 3
     caplog.clear()
     monkeypatch.setenv("RANK", "1")
     load_config(file, overrides)
@@ -140,21 +103,13 @@ def test_what_is_merely_unwise_is_a_warning(file, caplog, monkeypatch):
     assert not caplog.messages
 
 
-def test_whole_numbers_are_taken_where_numbers_are_meant_and_tuples_for_lists():
-    settings = config(learning_rate=1, betas=(0, 0.9))
-    assert isinstance(settings.learning_rate, float) and settings.betas == [0.0, 0.9]
-
-
 @pytest.mark.parametrize("disabled", [True, False])
 def test_the_older_name_of_gradient_checkpointing_has_the_opposite_sense(disabled):
     assert config(disable_gradient_checkpointing=disabled).gradient_checkpointing is not disabled
 
 
-@pytest.mark.parametrize(
-    "name, known", [("CelebA-HQ", "celebahq"), ("celeba_hq", "celebahq"), ("imagenet", "imagenet")]
-)
-def test_celebahq_may_be_spelled_in_any_way_and_other_names_are_folders(name, known):
-    assert config(dataset_name=name, data_path=".").dataset_name == known
+def test_celebahq_may_be_spelled_in_any_way():
+    assert config(dataset_name="CelebA-HQ", data_path=".").dataset_name == "celebahq"
 
 
 def test_the_home_folder_may_be_written_as_a_tilde():
@@ -170,17 +125,10 @@ def test_learning_rates_follow_what_is_trained():
 # YAML
 
 
-@pytest.mark.parametrize(
-    "text, value", [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("-2E+3", -2000.0), ("12", 12), ("'1e-4'", "1e-4"), ("1e", "1e")]
-)
+@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("12", 12), ("'1e-4'", "1e-4")])
 def test_yaml_numbers_are_those_of_yaml_1_2(text, value):
     parsed = parse_yaml(f"key: {text}")["key"]
     assert parsed == value and type(parsed) is type(value)
-
-
-def test_a_key_given_twice_is_an_error_with_its_line():
-    with pytest.raises(ConfigError, match="line 3: 'depth' is given twice"):
-        parse_yaml("model:\n  depth: 3\n  depth: 4\n")
 
 
 @pytest.mark.parametrize(
@@ -188,15 +136,13 @@ def test_a_key_given_twice_is_an_error_with_its_line():
     [
         ("- 1\n", "expected a mapping"),
         ("a: [1\n", "not valid YAML.*line 2"),
-        ("a: 2026-99-99\n", "not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
         ("a: 1\na: 2\n", "line 2: 'a' is given twice"),
-        (b"a: \xff\n", "utf-8"),
     ],
 )
 def test_a_file_that_is_no_mapping_of_settings_is_refused_by_name(tmp_path, text, message):
     path = tmp_path / "broken.yaml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.write_bytes(text.encode())
     with pytest.raises(ConfigError, match=f"(?s)broken.yaml.*{message}"):
         load_config(path)
 
@@ -219,21 +165,14 @@ def test_overrides_replace_settings_of_the_file_and_reach_into_the_model(file):
     "override, value",
     [
         ("data_path=a #1", "a #1"),
-        ("data_path=a: b", "a: b"),
         ("data_path=[1]", "[1]"),
-        ("data_path=2024", "2024"),
         ("data_path=x=y", "x=y"),
         ("data_path='a b'", "a b"),  # quotes around it all are not part of it
-        ('wandb_run_name="a b"', "a b"),
         ("wandb_run_name=true", "true"),
         ("wandb_run_name=null", None),
-        ("wandb_run_name=", None),
-        ("wandb_project=null", "null"),
         ("scheduler=none", "none"),
-        ("use_amp=auto", "auto"),
         ("use_amp=false", False),
         ("wandb_tags=[a, b]", ["a", "b"]),
-        ("val_batch_size=null", None),
     ],
 )
 def test_text_is_taken_as_it_stands_and_other_overrides_are_yaml(file, override, value):
@@ -298,23 +237,15 @@ def test_a_config_that_people_have_is_valid_as_it_is(tmp_path):
 # The run's folder
 
 
-@pytest.mark.parametrize(
-    "name, folder",
-    [("/tmp/x", "tmp_x"), ("a/b", "a_b"), ("../x/", ".._x"), ("a\\b", "a_b"), ("a b #1", "a b #1"), ("/", "flextok"),
-     (None, "flextok")],
-)  # fmt: skip
-def test_the_folder_of_a_run_lies_in_checkpoint_dir_whatever_its_name(tmp_path, name, folder):
-    assert folder_name(name) == folder
-    run_dir = new_run_dir(config(wandb_run_name=name, checkpoint_dir=str(tmp_path)))
-    assert run_dir.parent == tmp_path and run_dir.name.startswith(f"{folder}-2")
-
-
-def test_a_run_whose_name_has_slashes_is_found_again(tmp_path):
-    settings = config(wandb_run_name="a/b", checkpoint_dir=str(tmp_path))
-    latest = new_run_dir(settings) / "checkpoints" / "latest.pt"
-    latest.parent.mkdir(parents=True)
-    latest.touch()
-    assert find_run(settings, "latest", None) == (latest.parent.parent, latest)
+def test_a_run_lies_in_checkpoint_dir_whatever_its_name_and_is_found_again(tmp_path):
+    for name, folder in (("a/b", "a_b"), ("../x/", ".._x"), ("/", "flextok")):
+        settings = config(wandb_run_name=name, checkpoint_dir=str(tmp_path))
+        run_dir = new_run_dir(settings)
+        assert run_dir.parent == tmp_path and run_dir.name.startswith(f"{folder}-2")
+        latest = run_dir / "checkpoints" / "latest.pt"
+        latest.parent.mkdir()
+        latest.touch()
+        assert find_run(settings, "latest", None) == (run_dir, latest)
 
 
 # The schema for editors
@@ -334,11 +265,3 @@ def test_every_config_is_valid_and_names_its_schema(path):
     values = yaml.safe_load(path.read_text())
     assert set(values) <= set(schema)
     assert set(values.get("model", {})) <= set(schema["model"]["anyOf"][0]["properties"])
-
-
-def test_the_schema_explains_every_setting_and_allows_no_other():
-    schema = json_schema()
-    assert schema["additionalProperties"] is False and set(schema["properties"]) == set(TrainConfig.model_fields)
-    assert all(entry["description"] for entry in schema["properties"].values())
-    model = schema["properties"]["model"]["anyOf"][0]
-    assert model["additionalProperties"] is False and {"preset", "encoder_depth"} <= set(model["properties"])

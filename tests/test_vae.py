@@ -1,6 +1,5 @@
 """Images to latents and back: the AutoencoderKL around diffusers' own, the pixel VAE and the DCT."""
 
-import inspect
 import math
 
 import pytest
@@ -52,50 +51,25 @@ def test_latents_are_the_mode_times_the_scaling_factor(make_vae, diffusers_vae, 
     assert vae.downsample_factor == 8
 
 
-def test_latents_are_a_posterior_sample_times_the_scaling_factor(make_vae, diffusers_vae):
-    images = make_images(100)
+def test_latents_are_a_posterior_sample_that_depends_on_the_address_alone(make_vae, diffusers_vae):
+    vae, images, draws = make_vae(), make_images(100), make_draws(100)
     posterior = diffusers_vae.encode(images).latent_dist
-    latents = encoded(make_vae(), images, **{RANDOM_KEY: make_draws(100)})
+    latents = encoded(vae, images, **{RANDOM_KEY: draws})
     noise = (latents / 0.5 - posterior.mean) / (posterior.logvar / 2).exp()
     assert noise.mean().item() == pytest.approx(0, abs=0.06)
     assert noise.std().item() == pytest.approx(1, abs=0.05)
     assert noise.abs().max() < 5
     assert abs(torch.corrcoef(torch.stack([noise[:50].flatten(), noise[50:].flatten()]))[0, 1]) < 0.09
-
-
-def test_posterior_noise_depends_on_the_address_alone(make_vae):
-    vae, images = make_vae(), make_images(1).expand(4, -1, -1, -1)
-
-    def latents(images, draws):
-        return encoded(vae, images, **{RANDOM_KEY: draws})
-
-    together = latents(images, make_draws(4))
-    assert torch.equal(together, latents(images, make_draws(4)))
-    assert not torch.equal(together, latents(images, make_draws(4, step=4)))
-    assert not torch.equal(together[0], together[1])
-    for i in range(4):
-        assert_close(latents(images[i : i + 1], make_draws(4).select([i])), together[i : i + 1])
-
-
-def test_keys_of_the_config_decide_what_is_read_and_written(make_vae):
-    keys = dict(
-        images_read_key="in", vae_latents_write_key="z", vae_latents_read_key="z2", images_reconst_write_key="out"
-    )
-    vae = make_vae(**keys, vae_kl_loss_write_key="kl", frozen=False)
-    assert vae.encode({"in": make_images(1)}).keys() == {"in", "z", "kl"}
-    assert vae.decode({"z2": make_noise(1, 4, 4, 4)}).keys() == {"z2", "out"}
+    assert_close(encoded(vae, images[7:8], **{RANDOM_KEY: draws.select([7])}), latents[7:8])
+    assert not torch.equal(encoded(vae, images, **{RANDOM_KEY: make_draws(100, step=4)}), latents)
 
 
 @pytest.mark.parametrize("kind", ["pixel", "stable_diffusion"])
 def test_given_latents_are_kept_unless_encoding_is_forced(make_vae, kind):
-    make = PixelUnshuffleVAE if kind == "pixel" else make_vae
-    given = make_noise(2, 4, 4, 4)
+    make, given = PixelUnshuffleVAE if kind == "pixel" else make_vae, make_noise(2, 4, 4, 4)
     for force in (False, True):
         data_dict = make(force_vae_encode=force).encode({"rgb": make_images(2), "vae_latents": given})
         assert torch.equal(data_dict["vae_latents"], given) != force
-    assert torch.equal(make(force_vae_encode=False).encode({"vae_latents": given})["vae_latents"], given)
-    with pytest.raises(KeyError, match="rgb"):
-        make(force_vae_encode=True).encode({"vae_latents": given})
 
 
 def test_a_frozen_vae_trains_nothing_and_stays_in_evaluation_mode(make_vae):
@@ -104,18 +78,14 @@ def test_a_frozen_vae_trains_nothing_and_stays_in_evaluation_mode(make_vae):
     assert not any(module.training for module in vae.modules())
     data_dict = vae.encode({"rgb": make_images(1).requires_grad_()})
     assert not data_dict["vae_latents"].requires_grad and "vae_kl_loss" not in data_dict
-    assert not decoded(vae, make_noise(1, 4, 4, 4).requires_grad_()).requires_grad
 
 
 def test_a_trained_vae_gets_gradients_from_latents_images_and_kl(make_vae):
     vae = make_vae(frozen=False).train()
-    assert vae.training and vae.vae.training
     data_dict = vae.encode({"rgb": make_images(2), RANDOM_KEY: make_draws(2)})
     loss = decoded(vae, data_dict["vae_latents"]).square().mean() + 1e-6 * data_dict["vae_kl_loss"]
     loss.backward()
     assert [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.any()] == []
-    with torch.no_grad():
-        assert not encoded(vae, make_images(1)).requires_grad
 
 
 def test_kl_is_that_of_a_diagonal_normal_in_nats_per_image(make_vae, diffusers_vae):
@@ -128,16 +98,14 @@ def test_kl_is_that_of_a_diagonal_normal_in_nats_per_image(make_vae, diffusers_v
     assert kl.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("override", ["fp32", None, "bf16"])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("override, autocast", [("fp32", True), (None, True), ("bf16", False)])
 def test_dtype_override_decides_over_autocast_and_results_are_fp32(make_vae, override, autocast):
     exact, vae = make_vae(sample_posterior=False), make_vae(sample_posterior=False, dtype_override=override)
     images, given = make_images(2), make_noise(1, 4, 4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        results = [(encoded(vae, images), encoded(exact, images)), (decoded(vae, given), decoded(exact, given))]
-    rounds = override == "bf16" or (override is None and autocast)
-    for value, expected in results:
-        assert value.dtype == torch.float32 and torch.equal(value, expected) != rounds
+        values = encoded(vae, images), decoded(vae, given)
+    for value, expected in zip(values, (encoded(exact, images), decoded(exact, given))):
+        assert value.dtype == torch.float32 and torch.equal(value, expected) == (override == "fp32")
         assert (value - expected).norm() < 0.02 * expected.norm()
 
 
@@ -148,7 +116,6 @@ def test_dtype_override_decides_over_autocast_and_results_are_fp32(make_vae, ove
         ({}, "cuda", False, torch.float32),
         ({}, "cpu", True, torch.float32),
         ({"use_amp": False}, "cuda", True, torch.float32),
-        ({"vae_dtype": "fp32"}, "cuda", True, torch.float32),
         ({"vae_dtype": "bf16"}, "cpu", False, torch.bfloat16),
         ({"train_vae": True}, "cuda", True, torch.float32),
     ],
@@ -160,30 +127,12 @@ def test_a_frozen_vae_computes_in_what_vae_dtype_says(make_vae, monkeypatch, set
     assert vae.dtype_override == expected
 
 
-def test_learnable_logvar_is_a_parameter_that_freezing_freezes(make_vae):
-    trained, frozen = (make_vae(learnable_logvar=True, logvar_init=-1.5, frozen=f) for f in (False, True))
-    assert trained.logvar.item() == -1.5 and trained.logvar.requires_grad and not frozen.logvar.requires_grad
-    assert not hasattr(make_vae(), "logvar")
-
-
-def test_encoding_is_compiled_on_request(make_vae, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda fn: compiled.append(fn) or (lambda x: fn(x)))
-    make_vae()
-    assert compiled == []
-    vae = make_vae(compile_encode_fn=True)
-    encoded(vae, make_images(1))
-    assert compiled == [vae.vae.encode]
-
-
 def test_a_revision_of_the_weights_is_pinned_after_an_at_sign(monkeypatch, diffusers_vae):
     asked = []
-
-    def from_pretrained(name, revision=None, **_):
-        asked.append((name, revision))
-        return diffusers_vae
-
-    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", from_pretrained)
+    monkeypatch.setattr(
+        "diffusers.AutoencoderKL.from_pretrained",
+        lambda name, revision=None, **_: asked.append((name, revision)) or diffusers_vae,
+    )
     for path in ("somebody/vae", "somebody/vae@abc123"):
         assert StableDiffusionVAE(hf_hub_path=path, latent_channels=4).hf_hub_path == "somebody/vae"
     assert asked == [("somebody/vae", None), ("somebody/vae", "abc123")]
@@ -199,20 +148,20 @@ def test_weights_that_do_not_fit_or_are_nowhere_are_named(folder, diffusers_vae,
 
 
 @pytest.mark.parametrize("kind", ["pixel", "stable_diffusion"])
-@pytest.mark.parametrize("shape", [(1, 3, 20, 32), (1, 3, 32, 20), (1, 4, 32, 32), (3, 32, 32)])
-def test_images_that_do_not_fit_are_refused_with_what_is_wrong(make_vae, kind, shape):
+def test_images_that_do_not_fit_are_refused_with_what_is_wrong(make_vae, kind):
     vae = PixelUnshuffleVAE(factor=8) if kind == "pixel" else make_vae()
-    expected = rf"\[{', '.join(map(str, shape))}\], expected floats \[B, 3, H, W\].*multiples of 8"
-    with pytest.raises(ValueError, match=expected):
-        encoded(vae, torch.zeros(shape))
+    for shape in ((1, 3, 20, 32), (1, 4, 32, 32), (3, 32, 32)):
+        expected = rf"\[{', '.join(map(str, shape))}\], expected floats \[B, 3, H, W\].*multiples of 8"
+        with pytest.raises(ValueError, match=expected):
+            encoded(vae, torch.zeros(shape))
     with pytest.raises(ValueError, match=r"uint8, expected floats in \[-1, 1\].*images / 127.5 - 1"):
-        encoded(vae, torch.zeros(shape, dtype=torch.uint8))
+        encoded(vae, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 # PixelUnshuffleVAE
 
 
-@pytest.mark.parametrize("factor, scaling_factor", [(1, 2.0), (2, 0.25), (4, 2.0), (8, 2.0)])
+@pytest.mark.parametrize("factor, scaling_factor", [(2, 0.25), (8, 2.0)])
 def test_pixel_latents_hold_the_pixels_of_their_block_and_are_exactly_invertible(factor, scaling_factor):
     vae, images = PixelUnshuffleVAE(factor=factor, scaling_factor=scaling_factor), make_images(3, 16, 24)
     latents = encoded(vae, images)
@@ -224,32 +173,17 @@ def test_pixel_latents_hold_the_pixels_of_their_block_and_are_exactly_invertible
     assert torch.equal(decoded(vae, latents), images)
 
 
-def test_pixel_vae_has_the_interface_of_the_other(make_vae):
-    pixel, other = PixelUnshuffleVAE(), make_vae()
-    keys = ("images_read_key", "vae_latents_read_key", "vae_latents_write_key", "images_reconst_write_key")
-    numbers = ("force_vae_encode", "frozen", "downsample_factor", "latent_channels", "scaling_factor")
-    for name in (*keys, *numbers):
-        assert type(getattr(pixel, name)) is type(getattr(other, name)), name
-    for method in ("encode", "decode"):
-        assert inspect.signature(getattr(pixel, method)) == inspect.signature(getattr(other, method))
-    assert pixel.state_dict() == {}
-
-
-@pytest.mark.parametrize("options", [dict(factor=0), dict(scaling_factor=0.0), dict(scaling_factor=-1.0)])
-def test_pixel_vae_refuses_settings_that_lose_the_image(options):
-    with pytest.raises(ValueError, match="factor"):
-        PixelUnshuffleVAE(**options)
-
-
 # BlockDCTVAE
 
 
 def test_dct_with_all_coefficients_loses_nothing():
     images = make_images(2, 16, 24)
     vae = BlockDCTVAE(factor=4, coefficients=[16, 16], scaling_factor=0.5, whitening=0.5)
-    latents = encoded(vae, images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # without effect
+        latents = encoded(vae, images)
     assert latents.shape == (2, 48, 4, 6)
     assert_close(decoded(vae, latents), images)
+    assert vae.state_dict() == {}
 
 
 @pytest.mark.parametrize("whitening", [1.0, 0.5, 0.0])
@@ -265,21 +199,3 @@ def test_dct_coefficients_are_those_of_scipy(whitening):
     for latent, (u, v) in zip(latents.tolist(), frequencies, strict=True):
         std = 0.8 * 8 / (1 + 1.7 * math.hypot(u, v))
         assert latent == pytest.approx(expected[u, v] / std**whitening, abs=1e-4)
-
-
-def test_dct_keeps_what_is_smooth_and_drops_colour_where_told():
-    ramp = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32).clone()
-    vae = BlockDCTVAE(factor=4, coefficients=[6, 0])
-    assert (decoded(vae, encoded(vae, ramp)) - ramp).abs().max() < 0.02
-    coloured = ramp * torch.tensor([1.0, -1.0, 0.5]).view(1, 3, 1, 1)
-    grey = decoded(vae, encoded(vae, coloured))
-    assert_close(grey[:, 0], grey[:, 1])
-    assert_close(grey[:, 0], grey[:, 2])
-
-
-def test_dct_leaves_nothing_in_the_state_dict_and_ignores_autocast():
-    vae, images = BlockDCTVAE(factor=4), make_images(2)
-    assert vae.state_dict() == {}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = encoded(vae, images)
-    assert torch.equal(under_autocast, encoded(vae, images))

@@ -1,6 +1,7 @@
 """Small training runs on the photographs, for the trainer's tests."""
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import yaml
 
 import train_flextok
+from flextok.data import photos
 from flextok.data.batch import Batch
 from flextok.data.loader import build_loaders
 from flextok.data.precompute import precompute
@@ -22,12 +24,20 @@ SETTINGS = dict(
     ),
     dataset_name="photos", img_size=32, photos_train_crops=22, photos_val_crops=6, num_workers=0,
     num_epochs=2, batch_size=4, learning_rate=1e-3, warmup_steps=2, min_lr=1e-5, use_amp=False,
-    use_repa=True, repa_encoder_type="efficientnet_lite0", repa_image_size=64, repa_target_size=[4, 4], repa_lr=1e-3,
+    use_repa=True, repa_encoder_type="efficientnet_lite0", repa_image_size=64, repa_target_size=[4, 4],
+    repa_projector_hidden=32, repa_lr=1e-3,
     log_every=1, visualize_every=0, inference_steps=2, num_vis_images=2, vis_token_counts=[1, 8], use_wandb=False,
     readout_weight=0.0,
 )  # fmt: skip
 
+photos.load_image = functools.cache(photos.load_image)  # ten large photographs, for each run anew
+
 TIMING = ("train/images_per_second", "train/data_wait")  # metrics that differ from run to run
+
+
+def draw_no_curves(patch=setattr) -> None:
+    """Leave out the end of a run that takes longest: the curves."""
+    patch(train_flextok, "save_curves", lambda *_: None)
 
 
 def settings(**changes) -> dict:

@@ -11,17 +11,15 @@ import torch
 from ..utils.devices import chosen_device
 from ..utils.dtypes import DTYPES, computes_bf16
 from ..utils.errors import UserError, run_command
-from . import data, processes, repa, sample, scale, startup, train
+from . import data, processes, repa, scale, train
 from .timing import at_least_1
 
 BENCHMARKS = {
     "train": (train, "training: step time, share of the machine's matrix-product peak, memory"),
-    "sample": (sample, "sampling with guidance, against the decoder passes that it takes"),
     "data": (data, "data: JPEGs to tensors against Pillow and torchvision; how long training waits"),
-    "startup": (startup, "start-up: --help, and the first step of the quick start, in fresh processes"),
     "processes": (processes, "several processes: training with DDP and FSDP against one process"),
     "scale": (scale, "many GPUs: what training takes, counted, not measured"),
-    "repa": (repa, "REPA: step time online and from the cache, memory, checkpoint and cache sizes"),
+    "repa": (repa, "REPA: step time online and from the cache, memory, cache sizes"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What REPA costs: step time with and without it, online and from the cache, memory, checkpoints, cache sizes."""
+"""What REPA costs: step time with and without it, online and from the cache, memory, cache sizes."""
 
 import argparse
 import contextlib
@@ -10,20 +10,15 @@ from typing import Any
 
 import timm
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 from train_flextok import FlexTokTrainer
 
 from ..data.batch import Batch
 from ..data.record_cache import RecordCache, cache_bytes
-from ..flextok_wrapper import FlexTokFromHub
 from ..model.utils.repa_encoders import FrozenEncoder
 from ..model.utils.repa_loss import REPAModule, encoder_facts, known_encoders, projector_parameters
-from ..training.config import TrainConfig
-from ..training.models import new_model_config
 from ..utils.config import ConfigError
 from ..utils.dtypes import name_of
-from ..utils.modules import count_parameters
 from .timing import add_preset, alternate, ratio, report_ratios, report_seconds
 from .train import IMG_SIZE, build_trainer, kept_for_backward
 
@@ -127,25 +122,6 @@ def projector_memory(decoder_dim: int, encoder: str, autocast: Callable[[], Any]
     return per_image
 
 
-def checkpoint_growth(device: torch.device) -> dict[str, int]:
-    """Bytes of a small run's checkpoint with and without REPA, after one step, and what the projector accounts for."""
-    sizes = {}
-    for use_repa in (False, True):
-        model = dict(encoder_depth=2, decoder_depth=3, encoder_width=64, decoder_width=64, n_registers=8, vae="pixel")
-        config = dict(
-            model=model, img_size=32, batch_size=2, use_repa=use_repa, repa_encoder_type="efficientnet_lite0",
-            use_wandb=False, repa_image_size=64, repa_target_size=[4, 4], warmup_steps=1, scheduler="none",
-        )  # fmt: skip
-        loader = DataLoader(TensorDataset(torch.zeros(2, 3, 32, 32)), 2)
-        with tempfile.TemporaryDirectory() as folder:
-            model = FlexTokFromHub(new_model_config(TrainConfig.from_dict(config)))
-            trainer = FlexTokTrainer(config, model, loader, None, device, Path(folder))
-            trainer.train_step([torch.zeros(2, 3, 32, 32)])
-            sizes[use_repa] = trainer.save_checkpoint().stat().st_size
-    projector = count_parameters(trainer.repa_module.projector)
-    return {"without": sizes[False], "with": sizes[True], "projector_and_moments": 12 * projector}
-
-
 def memory_tables() -> list[dict]:
     """Sizes of encoders, projectors and caches; computed, not measured."""
     rows = []
@@ -196,13 +172,6 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
             result["projector_memory"][f"width {width}, {name}"] = sizes
             shown = ", ".join(f"{when} {size / 1e6:.1f} MB" for when, size in sizes.items())
             print(f"  {f'width {width}, {name}':<24} {shown}")
-    result["checkpoint"] = sizes = checkpoint_growth(device)
-    growth = (sizes["with"] - sizes["without"]) / sizes["projector_and_moments"]
-    reached = "yes" if growth <= 1.01 else "NO"
-    print(
-        f"\ncheckpoint of a small run: {sizes['without'] / 1e6:.2f} MB without REPA, {sizes['with'] / 1e6:.2f} MB with"
-    )
-    print(f"  growth / (projector and its moments)       {growth:8.3f}  at most 1.01: {reached}")
     result["memory"] = memory_tables()
     print("\nencoder              px   grid      parameters  fp32 GB  bf16 GB  cache per 1000 images, flips included")
     for row in result["memory"]:

@@ -46,11 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def build_trainer(preset: str, device: torch.device, **settings) -> FlexTokTrainer:
     """A trainer of a published size with random weights, whose batches bring their latents (`latent_batch`)."""
-    config = dict(model=dict(preset=preset), img_size=IMG_SIZE, use_wandb=False, readout_weight=0.0, **settings)
+    config = dict(model=dict(preset=preset), img_size=IMG_SIZE, use_wandb=False, readout_weight=0.0)
+    config |= {"batch_size": 1, **settings}
     with torch.random.fork_rng(devices=[]):
         model = FlexTokFromHub(preset_config(preset, vae_hub_path=None))
     images = TensorDataset(torch.zeros(100_000, 1).expand(-1, 3)[:, :, None, None])
-    sampler = GlobalBatchSampler(len(images), config.get("batch_size", 1), rank=rank(), world_size=world_size())
+    sampler = GlobalBatchSampler(len(images), config["batch_size"], rank=rank(), world_size=world_size())
     return FlexTokTrainer(config, model, DataLoader(images, batch_sampler=sampler), None, device, load_encoder=False)
 
 

@@ -48,10 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     datasets = {
         split: dataset for split, dataset in zip(("train", "val"), build_datasets(config)) if dataset is not None
     }
-    model = None
-    if config.cache_latents:
-        model = load_model(config)
-        config = settled(config, model, device)
+    model = load_model(config) if config.cache_latents else None
+    config = settled(config, model, device)
+    if model is not None:
         set_vae_dtype(config, model.vae, device)  # as in training, which the cache's key is of
     plans = cache_plans(config, datasets, model, device)
     if not plans:

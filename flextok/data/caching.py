@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..model.utils.repa_loss import encoder_facts, encoder_weights_file
 from ..utils.config import ConfigError
 from ..utils.files import file_digest
 from ..utils.modules import weights_digest
-from .record_cache import RecordCache, cache_bytes, readable_size, record_bytes
+from .record_cache import META, RecordCache, cache_bytes, readable_size, record_bytes
 
 FEATURES, LATENTS = "features", "latents"  # kinds of values
 
@@ -76,8 +77,15 @@ def feature_plans(config: Any, datasets: dict[str, Dataset], device: torch.devic
         "std": list(facts.std),
         "resize": "bicubic, antialiased",
     }
-    folder = f"{FEATURES}-{name}-{facts.image_size}px"
-    return _plans(config, datasets, folder, key, (*facts.grid, facts.dim), "float16")
+    return _plans(datasets, feature_folder(config), key, (*facts.grid, facts.dim), "float16")
+
+
+def stored_encoder_dtype(config: Any) -> str | None:
+    """What the features in the run's cache were computed in, such as `float32`; None if there is no cache."""
+    try:
+        return json.loads((feature_folder(config) / "train" / META).read_bytes())["key"]["dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def latent_plans(config: Any, model: nn.Module, datasets: dict[str, Dataset]) -> dict[str, CachePlan]:
@@ -88,17 +96,26 @@ def latent_plans(config: Any, model: nn.Module, datasets: dict[str, Dataset]) ->
     side = config.img_size // vae.downsample_factor
     key = {"vae": weights_digest(vae.vae), "dtype": str(vae.dtype_override)}
     folder, shape = f"{LATENTS}-{vae.latent_channels}x{side}x{side}", (2, vae.latent_channels, side, side)
-    return _plans(config, datasets, folder, key, shape, "float32")
+    return _plans(datasets, data_folder(config, folder), key, shape, "float32")
 
 
-def _plans(config: Any, datasets: dict[str, Dataset], folder: str, key: dict, shape, dtype) -> dict[str, CachePlan]:
+def data_folder(config: Any, name: str) -> Path:
+    """The folder `name` of the caches of a run's data."""
     path = config.data_path[0] if isinstance(config.data_path, list) else config.data_path
     source = config.dataset_name if path is None else Path(path).resolve().name if Path(path).exists() else path
-    names = [re.sub(r"[^\w.-]+", "_", name) for name in (f"{source}-{config.img_size}px", folder)]
+    names = [re.sub(r"[^\w.-]+", "_", part) for part in (f"{source}-{config.img_size}px", name)]
+    return Path(config.cache_dir, *names)
+
+
+def feature_folder(config: Any) -> Path:
+    facts = encoder_facts(config.repa_encoder_type, config.repa_image_size)
+    return data_folder(config, f"{FEATURES}-{config.repa_encoder_type}-{facts.image_size}px")
+
+
+def _plans(datasets: dict[str, Dataset], folder: Path, key: dict, shape, dtype) -> dict[str, CachePlan]:
     return {
         split: CachePlan(
-            Path(config.cache_dir, *names, split), {**key, **fingerprint(dataset)}, len(dataset),
-            dataset.n_views, tuple(shape), dtype,
+            folder / split, {**key, **fingerprint(dataset)}, len(dataset), dataset.n_views, tuple(shape), dtype
         )
         for split, dataset in datasets.items()
-    }  # fmt: skip
+    }

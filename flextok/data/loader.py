@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..utils.config import ConfigError
 from ..utils.errors import UserError
 from ..utils.processes import gathered, rank, world_size
 from .batch import Batch, collate
@@ -95,10 +96,6 @@ class BatchLoader(DataLoader):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return iterator
 
-    def close(self) -> None:
-        """End the loading processes; the next iteration starts others."""
-        self._iterator = None
-
     def __iter__(self) -> Iterator:
         try:
             for batch in super().__iter__():
@@ -116,6 +113,12 @@ class BatchLoader(DataLoader):
                 f"the processes that load images cannot go on: {advice}, or lower num_workers (now {self.num_workers}; "
                 "0 loads in the training process)"
             ) from error
+
+
+def end_workers(loader: DataLoader) -> None:
+    """End a loader's processes; its next iteration starts others."""
+    if isinstance(loader, BatchLoader):
+        loader._iterator = None
 
 
 def _unshared(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,6 +165,25 @@ def build_loaders(
         len(val_dataset), config.val_batch_size or config.batch_size, shuffle=False, **processes
     )
     return train_loader, build_loader(val_dataset, sampler, config.num_workers, device)
+
+
+def check_loader(loader: DataLoader, global_batch_size: int) -> None:
+    """Raise ConfigError unless a training loader serves an optimizer step with so many images of all processes."""
+    sampler = loader.batch_sampler
+    if isinstance(sampler, GlobalBatchSampler):
+        if sampler.global_batch_size != global_batch_size:
+            raise ConfigError(
+                f"the training loader gives {sampler.global_batch_size} images an optimizer step, but the settings "
+                f"{global_batch_size}: build both from one config"
+            )
+    elif world_size() > 1:
+        raise ConfigError("with several processes the loaders are those of flextok.data.loader.build_loaders")
+
+
+def image_names(dataset: Dataset, indices: Iterable[int]) -> list[str]:
+    """What a person finds images by: their names, or numbers if the dataset has no names."""
+    name = getattr(getattr(dataset, "dataset", dataset), "name", "number {}".format)
+    return [name(i) for i in indices]
 
 
 class TooManyBrokenFiles(UserError, RuntimeError):

@@ -55,6 +55,7 @@ def settings_of(steps: int, n_images: int, **changes) -> TrainConfig:
     config = load_config(ROOT / "configs" / "quickstart.yaml").to_dict()
     steps_per_epoch = -(-n_images // config["batch_size"])
     config.update(use_repa=False, max_val_batches=None, num_epochs=-(-steps // steps_per_epoch), visualize_every=0)
+    config["learning_rate"] = 1e-3  # of the pre-training
     return TrainConfig.from_dict({**config, **changes})
 
 

@@ -22,7 +22,6 @@ from .checkpoints import (
     BEST,
     EPOCH,
     LATEST,
-    REQUIRED,
     link_checkpoint,
     prune_checkpoints,
     readable_checkpoint,
@@ -111,9 +110,6 @@ def restore_trainer(trainer: Any, path: Path) -> str:
     def read() -> tuple[dict, str]:
         nonlocal checkpoint
         found, checkpoint = readable_checkpoint(path)
-        lacking = [key for key in REQUIRED if key not in checkpoint]
-        if lacking:
-            raise CheckpointError(f"{found} lacks {', '.join(lacking)}, so it cannot be continued")
         with _errors_of(str(found)):
             check_resumable(trainer, checkpoint, str(found))
         return without_values(checkpoint), str(found)

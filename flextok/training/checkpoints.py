@@ -17,10 +17,6 @@ from ..utils.files import write_atomically
 LATEST, BEST = "latest.pt", "best.pt"
 PREVIOUS = "previous.pt"  # what was the latest before
 EPOCH = "epoch_{}.pt"  # those that are kept
-REQUIRED = (
-    "global_step", "data", "config", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
-    "scaler_state_dict", "ema_model_state_dict", "repa_module_state_dict", "best_val_loss",
-)  # fmt: skip
 
 log = logging.getLogger("flextok")
 

@@ -297,8 +297,8 @@ class TrainConfig(BaseModel):
     repa_image_size: Count | None = None
     """Side in pixels of the images that the encoder sees; null: its own (518 for DINOv2)."""
     repa_encoder_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What the encoder computes in; auto: bf16 on GPUs that have it, and on CPUs where it is faster (measured as for
-    use_amp), else fp32."""
+    """What the encoder computes in; auto: what the features in the cache were computed in, else bf16 on GPUs that have
+    it, and on CPUs where it is faster (measured as for use_amp), else fp32."""
     repa_encoder_repo: UserPath | None = None
     """Folder with DINOv2's hubconf.py, for machines without network; its code is run: see repa_encoder_trust."""
     repa_encoder_trust: bool = False

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.nn as nn
 from torch.utils.data import DataLoader
 
 from ..data.batch import Batch, plain_images, spread
@@ -97,6 +98,17 @@ class Evaluator:
             images = self._stoppable(plain_images(dataset, spread(n, len(dataset)), self.batch_size))
             metrics, tokens = measure_tokens(self.model, images, n, VALIDATION_SEED, self.device)
         return {f"val/{name}": value for name, value in metrics.items()}, tokens
+
+    def constant_losses(self, repa_module: nn.Module) -> dict[str, float]:
+        """REPA's losses of training and validation images if every position predicts one vector, by W&B key."""
+        from .constant_prediction import constant_losses  # a run without REPA needs none of it
+
+        config = self.config
+        val = self.val_loader.dataset if self.val_loader is not None else None
+        return constant_losses(
+            repa_module, self.train_loader.dataset, val, config.repa_constant_images, self.n_images, config.batch_size,
+            config.num_workers, self.device,
+        )  # fmt: skip
 
     def reconstructions(self) -> tuple[dict[str, torch.Tensor], dict[int, float], float]:
         """Reconstructions by number of tokens.

@@ -56,6 +56,7 @@ class StopRequest:
         finally:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
+            self.signum = None  # whoever trains again, in a notebook, has not been asked to stop
 
     @contextlib.contextmanager
     def waiting(self):

@@ -167,7 +167,8 @@ def settled(
 
     Args:
         model: The model, which may be on the meta device; None if it is not known yet.
-        resumed: The config of the checkpoint that the run continues from, whose decisions stay, whatever the machine.
+        resumed: The config of the checkpoint that the run continues from, whose decisions stay, whatever the machine;
+            so does that of a feature cache which is there.
     """
     decided, resumed = {}, resumed or {}
     if config.use_amp == "auto":
@@ -175,11 +176,15 @@ def settled(
     if decided.get("use_amp") == "auto":
         width = 1152 if model is None else model.decoder.module_dict["dec_transformer"].dim
         decided["use_amp"] = device.type == "cuda" or from_first(lambda: faster_in_bf16(device, width, 8 * width // 3))
-    if config.use_repa and config.repa_encoder_dtype == "auto" and device.type == "cpu":
-        from ..model.utils.repa_encoders import encoder_dtype  # a run without REPA needs none of it
+    if config.use_repa and config.repa_encoder_dtype == "auto":
+        from ..data.caching import stored_encoder_dtype  # a run without REPA needs none of it
+        from ..model.utils.repa_encoders import encoder_dtype
 
         was = resumed.get("repa_encoder_dtype", "auto")
-        decided["repa_encoder_dtype"] = from_first(lambda: name_of(encoder_dtype(was, device)))
+        if was == "auto" and config.repa_cache:
+            was = from_first(lambda: stored_encoder_dtype(config)) or "auto"
+        if was != "auto" or device.type == "cpu":
+            decided["repa_encoder_dtype"] = from_first(lambda: name_of(encoder_dtype(was, device)))
     if config.readout_weight is None:
         decided["readout_weight"] = resumed.get("readout_weight", 0.0) if resumed else config.settled_readout_weight
     return config.model_copy(update=decided)

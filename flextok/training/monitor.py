@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 from ..utils.network import reachable
 from ..utils.processes import rank
 from .checkpoints import truncate_metrics
+from .config import TrainConfig
 
 log = logging.getLogger("flextok")
 
@@ -77,6 +79,13 @@ class Monitor:
         self.restart_clock()
         return rates
 
+    def show(self, metrics: dict[str, float]) -> None:
+        """Show a step's losses, learning rate and speed beside the progress bar."""
+        names = {"loss": "loss", "flow": "flow_loss", "repa": "repa_loss"}
+        shown = {name: f"{metrics[f'train/{key}']:.4f}" for name, key in names.items() if f"train/{key}" in metrics}
+        rate = f"{metrics['train/images_per_second']:.1f}"
+        self.progress.set_postfix({**shown, "lr": f"{metrics['train/lr']:.1e}", "img/s": rate})
+
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log plain numbers at a step."""
         if self.metrics is not None:
@@ -101,6 +110,16 @@ class Monitor:
             self.wandb.finish()
 
 
+def wandb_settings(config: TrainConfig, run_dir: Path, run_id: str | None) -> dict[str, Any] | None:
+    """Arguments of wandb.init for a run, `run_id` that of the run which it continues; None: no W&B."""
+    if not config.use_wandb:
+        return None
+    return dict(
+        project=config.wandb_project, name=config.wandb_run_name or run_dir.name, tags=config.wandb_tags,
+        config=config.to_dict(), id=run_id,
+    )  # fmt: skip
+
+
 class MetricsFile:
     """A JSON-lines file: each record has `step` and the keys of W&B; what is not finite becomes null.
 
@@ -113,29 +132,27 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         truncate_metrics(path, step if step else -1)
         self._there = set(path.read_text().splitlines()) if path.exists() else set()
-        self._file = open(path, "a", buffering=1)
-        self._refused: list[str] = []
+        self._file = open(path, "ab", buffering=0)  # a buffer would write again what the disk refused in part
+        self._refused = b""
 
     def write(self, metrics: dict[str, float], step: int) -> None:
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         line = json.dumps({"step": step, **finite, "train/step": step})
         if line not in self._there:
-            self._write([line])
+            self._write(f"{line}\n".encode())
 
-    def _write(self, lines: list[str]) -> None:
-        warned, self._refused = bool(self._refused), self._refused + lines
+    def _write(self, data: bytes) -> None:
+        warned, self._refused = len(self._refused) > 0, self._refused + data
         try:
             while self._refused:
-                self._file.write(self._refused[0] + "\n")
-                self._refused.pop(0)
+                self._refused = self._refused[self._file.write(self._refused) :]
         except OSError as error:
             if not warned:
                 log.warning("cannot write %s (%s): its records wait for room", self.path, error)
 
     def sync(self) -> None:
-        self._write([])
+        self._write(b"")
         with contextlib.suppress(OSError):
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

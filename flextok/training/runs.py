@@ -13,7 +13,7 @@ from ..utils.config import ConfigError
 from ..utils.errors import UserError
 from ..utils.files import folder_name, write_atomically
 from ..utils.plain import parse_yaml
-from .checkpoints import LATEST, readable_checkpoint
+from .checkpoints import LATEST, check_writable, readable_checkpoint
 from .config import TrainConfig
 
 log = logging.getLogger("flextok")
@@ -38,6 +38,12 @@ def new_run_dir(config: TrainConfig) -> Path:
         except OSError as error:
             raise UserError(f"cannot make {folder}: {error}. Give another --run-dir, or checkpoint_dir") from error
     return folder
+
+
+def prepare_run_dir(folder: Path, config: TrainConfig) -> None:
+    """See that a run can write in its folder, and leave its settings there; raises UserError."""
+    check_writable(folder / "checkpoints")
+    write_config(folder, config)
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

@@ -113,9 +113,14 @@ def cache_summary(config: TrainConfig, train_dataset, val_dataset, device: torch
     return [("feature cache" if split == "train" else "", plan.describe()) for split, plan in plans.items()]
 
 
-def what_was_learned(metrics: dict[str, float], warnings: dict[str, str]) -> str:
-    """The end of a run in numbers: what its last validation and picture measured, as lines; empty if nothing was."""
-    lines = []
+def closing_words(step: int, metrics: dict[str, float], warnings: dict[str, str], run_dir: Path) -> str:
+    """The end of a run: what its last validation and picture measured, what is wrong with its tokens, where all is.
+
+    Args:
+        metrics: The last value of each.
+        warnings: On the tokens; empty where nothing is wrong.
+    """
+    lines = ["", f"Done: {step} steps."]
     by_count = {int(key.removeprefix("val/psnr_k")): metrics[key] for key in metrics if key.startswith("val/psnr_k")}
     if by_count:
         text = ", ".join(f"{psnr:.2f} from {k} token{'s' * (k > 1)}" for k, psnr in sorted(by_count.items()))
@@ -124,10 +129,13 @@ def what_was_learned(metrics: dict[str, float], warnings: dict[str, str]) -> str
         constant = metrics["val/repa_loss_constant"]
         lines.append(f"  REPA loss  {metrics['val/repa_loss']:.3f} (a constant prediction: {constant:.3f})")
     if "val/codes_distinct_1" in metrics:
-        entropy = metrics["val/codes_entropy_1"]
-        lines.append(
-            f"  codes      {metrics['val/codes_distinct_1']:.0%} of the images have a first code of their own "
-            f"({entropy:.1f} bits)"
-        )
+        distinct, bits = metrics["val/codes_distinct_1"], metrics["val/codes_entropy_1"]
+        lines.append(f"  codes      {distinct:.0%} as many different first codes as images ({bits:.1f} bits)")
     lines += [f"  warning    {warning}" for warning in filter(None, warnings.values())]
-    return "".join(f"\n{line}" for line in lines)
+    return "\n".join([
+        *lines,
+        f"  pictures   {run_dir / 'pictures'}",
+        f"  curves     {run_dir / 'curves.png'}",
+        f"  metrics    {run_dir / 'metrics.jsonl'}",
+        f"  model      {run_dir / 'export'}   (FlexTokFromHub.from_pretrained loads it)",
+    ])  # fmt: skip

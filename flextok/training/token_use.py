@@ -90,7 +90,7 @@ def measure_tokens(
 
 
 def code_metrics(tokens: torch.Tensor, codebook_size: int) -> dict[str, float]:
-    """Share of images with a code of their own, and entropy in bits, at the positions 1, 2 and 4 of tokens [N, L]."""
+    """Distinct codes as a share of the images, and entropy in bits, at the positions 1, 2 and 4 of tokens [N, L]."""
     statistics = code_statistics(tokens, codebook_size)
     metrics = {}
     for position in (p for p in POSITIONS if p <= tokens.shape[1]):
@@ -146,6 +146,30 @@ def tokens_warning(tokens: torch.Tensor | None = None, psnr_by_count: dict[int, 
                 f"({psnr_by_count[first]:.2f} dB from {first}, {psnr_by_count[last]:.2f} dB from {last}). {advice}"
             )
     return ""
+
+
+class TokenWarnings:
+    """What is wrong with the tokens, by what shows it (`codes`, `psnr`); in the log when it begins.
+
+    Args:
+        first_step: Before it, at the end of the warm-up, tokens need not be good yet.
+    """
+
+    def __init__(self, first_step: int):
+        self.first_step = first_step
+        self.texts: dict[str, str] = {}  # empty where nothing is wrong
+
+    def note(self, step: int, shown_by: str, warning: str) -> None:
+        """Take note of what `tokens_warning` says after a step."""
+        if step >= self.first_step:
+            if warning and not self.texts.get(shown_by):
+                log.warning("step %d: %s", step, warning)
+            self.texts[shown_by] = warning
+
+
+def more_is_better(metric: str) -> bool:
+    """Whether a metric of the validation is the better the larger it is."""
+    return metric.startswith(("val/psnr", "val/codes"))
 
 
 def check_best_metric(config: TrainConfig, n_registers: int, picture_counts: list[int]) -> None:
