@@ -6,6 +6,8 @@ from helpers import LATENT_SHAPE, N_REGISTERS, gradients, make_draws, make_image
 from torch.nn.functional import cosine_similarity
 
 from flextok.regularizers.quantize_fsq import FSQ
+from flextok.training import models
+from flextok.training.config import TrainConfig
 from flextok.utils.random import RANDOM_KEY
 
 
@@ -85,3 +87,10 @@ def test_sigmas_and_noised_latents_are_fp32_under_autocast(model):
         data_dict = model.eval()({"rgb": make_images(2), RANDOM_KEY: make_draws(2)})
     for key in ("vae_latents", "sigmas", "timesteps", "flow_noise", "vae_latents_noised", "enc_registers_quant"):
         assert data_dict[key].dtype == torch.float32, key
+
+
+def test_small_models_stay_in_fp32_on_a_cpu_however_fast_its_bf16_products_are(model, monkeypatch):
+    monkeypatch.setattr(models, "faster_in_bf16", lambda *_: True)
+    for width, expected in ((64, False), (768, True)):
+        monkeypatch.setattr(model.decoder.module_dict["dec_transformer"], "dim", width)
+        assert models.settled(TrainConfig(dataset_name="digits"), model, torch.device("cpu")).use_amp is expected

@@ -180,8 +180,8 @@ class TrainConfig(BaseModel):
     """With `fsdp` and several micro-batches per step: `reduce` the gradients of each, which takes the least memory, or
     `keep` them whole in fp32 until the last, which communicates less."""
     use_amp: bool | Literal["auto"] = "auto"
-    """Autocast to bf16 (fp16 with loss scaling on older GPUs). auto: on GPUs; on a CPU where products of the model's
-    sizes are faster in bf16, which is measured at the start and kept when the run is resumed."""
+    """Autocast to bf16 (fp16 with loss scaling on older GPUs). auto: on GPUs; on a CPU for a decoder of width 512 or
+    more where its products are faster in bf16, which is measured at the start and kept when the run is resumed."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm over all trained parameters; 0: never."""
     max_nonfinite_steps: NonNegativeInt = 10

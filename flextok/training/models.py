@@ -25,6 +25,8 @@ from .readout import TokenReadout
 
 log = logging.getLogger(__name__)
 
+BF16_WIDTH = 512  # on CPUs casts cost narrower models more than the faster products save
+
 
 def new_model_config(config: TrainConfig) -> dict:
     """The FlexTok config of `model`, the settings of a new model by size; its VAE is a published one by default."""
@@ -175,7 +177,9 @@ def settled(
         decided["use_amp"] = resumed.get("use_amp", "auto")
     if decided.get("use_amp") == "auto":
         width = 1152 if model is None else model.decoder.module_dict["dec_transformer"].dim
-        decided["use_amp"] = device.type == "cuda" or from_first(lambda: faster_in_bf16(device, width, 8 * width // 3))
+        decided["use_amp"] = device.type == "cuda" or from_first(
+            lambda: width >= BF16_WIDTH and faster_in_bf16(device, width, 8 * width // 3)
+        )
     if config.use_repa and config.repa_encoder_dtype == "auto":
         from ..data.caching import stored_encoder_dtype  # a run without REPA needs none of it
         from ..model.utils.repa_encoders import encoder_dtype
