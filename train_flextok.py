@@ -138,11 +138,7 @@ class FlexTokTrainer:
             if load_encoder and not self.has_cached_features:
                 self.repa_module.load_encoder()
         self.readout = build_readout(config, self.model)
-        self.parts = {
-            "encoder": model.encoder,
-            "decoder": model.decoder,
-            "vae": model.vae,
-        }  # as in config.learning_rates()
+        self.parts = {"encoder": model.encoder, "decoder": model.decoder, "vae": model.vae}  # by optimizer group
         if self.use_repa:
             self.parts["repa_projector"] = self.repa_module.projector
         if self.readout is not None:
@@ -293,7 +289,7 @@ class FlexTokTrainer:
 
     @property
     def repa_active(self) -> bool:
-        """Whether steps compute the REPA loss: `use_repa`, until `end_repa`."""
+        """Whether steps compute the REPA loss: `use_repa`, until `end_repa_if_due`."""
         return self.use_repa and not self.repa_ended
 
     @property

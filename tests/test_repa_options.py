@@ -180,6 +180,9 @@ def test_an_earlier_stop_at_a_resume_ends_the_alignment_at_once(three_steps, tmp
     run_main(tmp_path, run_dir=run, max_steps=4, resume="latest", **changes)
     steps = [r for r in read_metrics(run) if "train/loss" in r]
     assert [("train/repa_loss" in r) for r in steps] == [True] * 3 + [False]
+    trainer = make_trainer(**changes)
+    trainer.load_checkpoint(three_steps / "checkpoints" / "latest.pt")
+    assert "val/repa_loss" not in trainer.validate()  # also where nothing is trained
 
 
 @pytest.mark.parametrize(
