@@ -74,7 +74,7 @@ from flextok.training.models import (
 from flextok.training.monitor import Monitor, wandb_settings
 from flextok.training.optimizer import build_optimizer, build_schedule, optimizer_class
 from flextok.training.pictures import save_curves, save_grid
-from flextok.training.runs import find_run, new_run_dir, prepare_run_dir, stored_config
+from flextok.training.runs import find_run, new_run_dir, prepare_run_dir, run_of, stored_config
 from flextok.training.summary import closing_words, summary
 from flextok.training.token_use import TokenWarnings, check_best_metric, more_is_better, tokens_warning
 from flextok.utils.config import ConfigError
@@ -100,7 +100,7 @@ class FlexTokTrainer:
         val_loader: Likewise, for validation; may be None.
         device: Where to train.
         run_dir: Where the run writes; None: a new folder by name and date under `checkpoint_dir`.
-        load_encoder: Load REPA's encoder now, rather than when training starts, if it is needed then.
+        load_encoder: Load REPA's encoder now, rather than with the checkpoint that follows.
 
     Raises:
         ConfigError: Settings that do not fit the model, the loaders, the device or the number of processes.
@@ -135,8 +135,6 @@ class FlexTokTrainer:
             transformer = self.model.decoder.module_dict["dec_transformer"]
             self.repa_layers = transformer.intermediate_layers = check_repa_model(self.model, config.repa_layers)
             self.repa_module = build_repa_module(config, self.model, self.device)
-            if load_encoder and not self.has_cached_features:
-                self.repa_module.load_encoder()
         self.readout = build_readout(config, self.model)
         self.parts = {"encoder": model.encoder, "decoder": model.decoder, "vae": model.vae}  # by optimizer group
         if self.use_repa:
@@ -182,11 +180,14 @@ class FlexTokTrainer:
 
         # Where it stands, not in checkpoints
         self.resumed = self.repa_ended = False
+        self.branched_from: Path | None = None  # folder of the run that this one began as
         self.latest: dict[str, float] = {}  # the last value of each metric
         self.validated_step: int | None = None
         self.pictured_step: int | None = None
         self.images_in_step = 0  # of all processes, in the last step
         self.last_rates: dict[str, float] = {}  # by optimizer group, in the last step
+        if load_encoder:
+            self.load_encoder_if_needed()
 
     # ------------------------------------------------------------------------------------------------------- set-up
 
@@ -199,6 +200,11 @@ class FlexTokTrainer:
     @functools.cached_property
     def checkpointer(self) -> Checkpointer:
         return Checkpointer(self.run_dir / "checkpoints")
+
+    def load_encoder_if_needed(self) -> None:
+        """Load REPA's frozen encoder, unless its features are cached or the alignment has ended."""
+        if self.repa_active and not self.has_cached_features:
+            self.repa_module.load_encoder()
 
     def build_losses(self) -> torch.nn.Module:
         """`compute_loss` as a module, which DDP wraps: its backward pass reduces gradients over the processes."""
@@ -326,7 +332,7 @@ class FlexTokTrainer:
                 "there is nothing to train: the run is at step %d and is to end at %d", self.global_step, last_step
             )
         run_dir = self.run_dir
-        from_first(lambda: prepare_run_dir(run_dir, self.config))
+        from_first(lambda: prepare_run_dir(run_dir, self.config, self.branched_from))
         wandb = wandb_settings(self.config, run_dir, self.wandb_id)
         self.monitor = Monitor(run_dir, self.global_step, last_step, wandb)
         self.wandb_id = self.monitor.wandb_id or self.wandb_id
@@ -476,17 +482,11 @@ class FlexTokTrainer:
 
     def measure_start(self) -> None:
         """Measure, before the first step, what later values are compared with."""
-        config = self.config
-        if self.repa_active and not self.has_cached_features:
-            self.repa_module.load_encoder()
-        if self.global_step == 0 and config.fine_tunes:
-            self.start_tokens = self.evaluator.tokens()[1]
-        if self.repa_active and self.constant_losses is None and config.repa_constant_images:
-            log.info("measuring what a constant prediction scores (%d images)", config.repa_constant_images)
+        if self.global_step == 0 and self.config.fine_tunes:
+            self.start_tokens = self.evaluator.tokens("tokens before the first step")[1]
+        if self.repa_active and self.constant_losses is None and self.config.repa_constant_images:
             self.constant_losses = self.evaluator.constant_losses(self.repa_module)
-        if self.constant_losses is not None:  # the file drops repetitions, and another folder's has none yet
-            self.latest.update(self.constant_losses)
-            self.monitor.log(self.constant_losses, 0)
+            self.log(self.constant_losses)
         self.monitor.restart_clock()
 
     def finish(self) -> None:
@@ -607,11 +607,17 @@ class FlexTokTrainer:
         Raises:
             FileNotFoundError, CheckpointError: Not there, unreadable, or of another model, optimizer, seed or dataset.
         """
-        source = restore_trainer(self, Path(path))
-        if Path(source).resolve() == (self.checkpointer.folder / "latest.pt").resolve():
+        source = Path(restore_trainer(self, Path(path)))
+        if source.resolve() == (self.checkpointer.folder / "latest.pt").resolve():
             self.checkpointer.saved_step = self.global_step
+        run = run_of(source)
+        if run is not None and run.resolve() != self.run_dir.resolve():
+            log.info("resume: a branch of %s from step %d on, with its metrics until there and a best.pt and W&B run "
+                     "of its own", run, self.global_step)  # fmt: skip
+            self.branched_from, self.wandb_id, self.best_val_loss = run, None, math.inf
         self.resumed = True
         self.end_repa_if_due()
+        self.load_encoder_if_needed()
 
     def export(self, folder: Path | None = None) -> Path:
         """Write config.json and model.safetensors (averaged weights if there are any) for from_pretrained."""
@@ -667,7 +673,7 @@ def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device
         set_vae_dtype(config, model.vae, device)  # what latents are computed in
         train_dataset, val_dataset = precompute(config, train_dataset, val_dataset, model, device)
     train_loader, val_loader = build_loaders(config, train_dataset, val_dataset, device)
-    trainer = FlexTokTrainer(config, model, train_loader, val_loader, device, run_dir, load_encoder=False)
+    trainer = FlexTokTrainer(config, model, train_loader, val_loader, device, run_dir, load_encoder=checkpoint is None)
     if checkpoint is not None:
         trainer.load_checkpoint(checkpoint)
     trainer.train(arguments.max_steps)

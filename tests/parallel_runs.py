@@ -50,8 +50,10 @@ def build(run_dir: Path, **changes) -> train_flextok.FlexTokTrainer:
     The last steps of an epoch and of a validation have one image, for one of the processes.
     """
     sizes = dict(batch_size=GLOBAL_BATCH // world_size(), global_batch_size=GLOBAL_BATCH, num_epochs=4)
-    sizes |= dict(photos_train_crops=GLOBAL_BATCH + 1, photos_val_crops=GLOBAL_BATCH + 1, repa_image_size=32)
-    sizes |= dict(val_token_images=0, repa_constant_images=0, inference_steps=1, vis_token_counts=[8])
+    sizes |= dict(photos_train_crops=GLOBAL_BATCH + 1, photos_val_crops=GLOBAL_BATCH + 3, repa_image_size=32)
+    sizes |= dict(
+        val_images=GLOBAL_BATCH + 1, val_token_images=0, repa_constant_images=0, inference_steps=1, vis_token_counts=[8]
+    )
     changes = sizes | changes
     config = TrainConfig.from_dict(settings(**changes))
     train_loader, val_loader = build_loaders(config, *build_datasets(config), CPU)
@@ -98,6 +100,9 @@ def train_briefly(run_dir: Path, steps: int = STEPS, resume: Path = None, **chan
     trainer.optimizer.register_step_pre_hook(note_gradients)
     trainer.train(max_steps=steps)
     validation = trainer.validate()
+    if trainer.use_repa:
+        trainer.config.repa_constant_images = GLOBAL_BATCH + 1
+        validation |= trainer.evaluator.constant_losses(trainer.repa_module)
     draws = {key: value for part in gathered(draws) for key, value in part.items()}
     losses = [r["train/loss"] for r in read_metrics(run_dir) if "train/loss" in r and r["step"] > first_step]
     path = str(run_dir / "checkpoints" / "latest.pt")

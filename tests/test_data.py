@@ -369,26 +369,24 @@ def addresses(**settings):
 
 
 def test_an_epoch_takes_each_image_once_in_shuffled_order_or_as_they_are():
-    first, second = addresses(n_images=53, batch_size=12), addresses(n_images=53, batch_size=12, epoch=1)
+    first, second = addresses(images=53, batch_size=12), addresses(images=53, batch_size=12, epoch=1)
     assert sorted(first) == sorted(second) == list(range(53))
     expected = [(step, position) for step in range(5) for position in range(12 if step < 4 else 5)]
     assert sorted(first.values()) == expected
     assert sorted(second.values()) == [(step + 5, position) for step, position in expected]
     order = sorted(first, key=first.get)
     assert order != sorted(second, key=second.get) and order != list(range(53))
-    assert addresses(n_images=53, batch_size=12, seed=1) != first
+    assert addresses(images=53, batch_size=12, seed=1) != first
     torch.manual_seed(99)
-    assert addresses(n_images=53, batch_size=12) == first
-    assert addresses(n_images=7, batch_size=3, shuffle=False, epoch=2) == {i: (6 + i // 3, i % 3) for i in range(7)}
+    assert addresses(images=53, batch_size=12) == first
+    assert addresses(images=7, batch_size=3, shuffle=False, epoch=2) == {i: (6 + i // 3, i % 3) for i in range(7)}
 
 
 @pytest.mark.parametrize("batch_size, accumulation, world_size", [(3, 4, 1), (6, 1, 2), (2, 2, 3)])
 @pytest.mark.parametrize("n_images", [1, 48, 53])
 def test_addresses_do_not_depend_on_how_the_global_batch_is_factored(n_images, batch_size, accumulation, world_size):
-    reference = addresses(n_images=n_images, batch_size=12, epoch=3)
-    found = addresses(
-        n_images=n_images, batch_size=batch_size, accumulation=accumulation, world_size=world_size, epoch=3
-    )
+    reference = addresses(images=n_images, batch_size=12, epoch=3)
+    found = addresses(images=n_images, batch_size=batch_size, accumulation=accumulation, world_size=world_size, epoch=3)
     assert found == reference
 
 
@@ -409,7 +407,7 @@ def test_ranks_yield_equally_many_micro_batches(world_size, batch_size, accumula
 
 @pytest.mark.parametrize("step_in_epoch", [0, 1, 5])
 def test_set_state_resumes_with_exactly_the_rest_of_the_epoch(step_in_epoch):
-    sampler = GlobalBatchSampler(n_images=53, batch_size=3, accumulation=2, world_size=2, rank=1)
+    sampler = GlobalBatchSampler(53, batch_size=3, accumulation=2, world_size=2, rank=1)
     sampler.set_state(2, 0)
     whole = list(sampler)
     sampler.set_state(2, step_in_epoch)

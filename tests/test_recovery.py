@@ -160,6 +160,29 @@ def test_a_signal_to_all_processes_of_a_job_ends_the_run_after_its_step_with_a_c
     assert [record["step"] for record in read_metrics(run_dir) if "train/loss" in record] == [1, 2, 3, 4]
 
 
+STOPPED_WORKER = """
+import multiprocessing, os, signal, train_flextok
+train_step = train_flextok.FlexTokTrainer.train_step
+def step(self, micro_batches):
+    if self.global_step == 1:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(self, micro_batches)
+train_flextok.FlexTokTrainer.train_step = step
+train_flextok.command_line(train_flextok.parse_arguments())
+"""
+
+
+def test_a_loading_process_that_is_stopped_does_not_keep_the_program_alive(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED_WORKER)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings(**CHANGES | dict(num_workers=2))))
+    options = ["--config", tmp_path / "tiny.yaml", "--device", "cpu", "--run-dir", tmp_path / "run"]
+    process = Script(tmp_path / "stopped.py", *options).wait(60)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM after step 2" in process.stderr
+    assert read_latest(tmp_path / "run")["global_step"] == 2
+
+
 def test_a_signal_in_a_validation_or_picture_is_heard_at_once(tmp_path, uninterrupted, monkeypatch):
     """SIGTERM comes while the validation after step 4 computes a loss, and while the last picture is sampled."""
     run_dir, trainer_class, signal_at = tmp_path / "run", train_flextok.FlexTokTrainer, None
@@ -447,7 +470,8 @@ def test_nothing_that_wandb_does_ends_or_holds_up_a_run(tmp_path, monkeypatch, f
             raise RuntimeError("no such entity")
         return Run()
 
-    fake = types.SimpleNamespace(init=init, Settings=lambda **settings: settings, Image=str)
+    setup = types.SimpleNamespace(settings=types.SimpleNamespace(mode="offline"))
+    fake = types.SimpleNamespace(init=init, Settings=lambda **settings: settings, Image=str, setup=lambda **_: setup)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(monitor, "WANDB_SECONDS", 0.5)
     trainer = make_trainer(tmp_path / "run", use_repa=False, use_wandb=True)

@@ -150,7 +150,7 @@ def test_after_the_stop_no_encoder_runs_and_nothing_of_it_is_left(tmp_path, capl
     assert "best_metric is val/loss, which loses its REPA part at repa_stop" in caplog.text
     encoder = weakref.ref(trainer.repa_module.load_encoder())
     trainer.train(max_steps=5)
-    assert trainer.repa_module.encoder is None and encoder() is None
+    assert not trainer.repa_module.has_encoder and encoder() is None
     projector = list(trainer.repa_module.projector.parameters())
     assert not any(p in trainer.optimizer.state for p in projector)
     stopped = [p.detach().clone() for p in projector]

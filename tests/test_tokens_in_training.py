@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import randomise
 from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings
 
 from flextok import FlexTokFromHub
@@ -14,7 +15,6 @@ from flextok.training.config import TrainConfig
 from flextok.training.evaluator import VALIDATION_SEED
 from flextok.training.readout import TokenReadout
 from flextok.training.token_use import psnr, tokens_warning
-from flextok.utils.checkpoint import CheckpointError
 from flextok.utils.config import ConfigError
 from flextok.utils.random import BatchRandom
 
@@ -97,12 +97,6 @@ def test_readout_is_in_checkpoints_and_not_in_exports(tmp_path):
     assert exported.keys() == trainer.model.state_dict().keys()
 
 
-def test_a_resume_with_another_readout_is_refused_with_advice(tmp_path):
-    path = make_trainer(tmp_path, readout_weight=1.0, use_repa=False).save_checkpoint()
-    with pytest.raises(CheckpointError, match="readout_weight 1.0, now it is 0.0.*set it back"):
-        make_trainer(readout_weight=0.0, use_repa=False).load_checkpoint(path)
-
-
 # ----------------------------------------------------------------------------------------------------------- validation
 
 
@@ -121,6 +115,22 @@ def test_validation_logs_flow_loss_by_token_count_and_noise_level_and_pictures_p
     shown = torch.stack([trainer.val_loader.dataset[i * 297 // 5]["image"] for i in range(5)])
     expected = psnr(images.mean(0, keepdim=True).expand_as(shown), shown).mean()
     assert record["val/psnr_mean_image"] == pytest.approx(float(expected), abs=0.02)
+
+
+def test_psnr_is_of_reconstructions_without_guidance_and_pictures_have_theirs(tmp_path):
+    """Of other numbers of images, and by a function of its own where the scales agree."""
+    trainer = make_trainer(tmp_path, **DIGITS, num_psnr_images=6, num_vis_images=2, guidance_scale=4.0)
+    randomise(trainer.model.decoder)
+    columns, by_count, _ = trainer.evaluator.reconstructions()
+    assert [len(column) for column in columns.values()] == [2] * 4
+    found = {}
+    for scale in (1.0, 4.0):
+        for name in ("psnr_guidance_scale", "guidance_scale"):
+            setattr(trainer.config, name, scale)
+        found[scale] = trainer.evaluator.reconstructions()
+    assert by_count == found[1.0][1] and by_count[4] != pytest.approx(found[4.0][1][4], abs=1e-3)
+    of_4, of_1 = (found[scale][0]["4 tokens"][0] for scale in (4.0, 1.0))
+    assert torch.allclose(columns["4 tokens"][0], of_4, atol=1e-3) and not torch.allclose(of_4, of_1, atol=0.1)
 
 
 def test_flow_losses_are_those_of_an_independent_computation():

@@ -304,6 +304,31 @@ def test_validation_repeats_exactly_whatever_batch_size_or_seed_and_trains_and_w
     assert {"val/loss", "val/flow_loss", "val/repa_loss", "val/flow_loss_k1", "val/flow_loss_t0.5"} < set(first)
 
 
+@pytest.mark.parametrize("changes", [{"max_val_batches": 5, "val_batch_size": 8}, {"val_images": 40}])
+def test_validation_is_of_images_from_all_over_the_set_in_no_order_of_theirs(tmp_path, changes):
+    """Files are sorted by class; the images are the same each time, whatever the processes, and REPA's constants are of
+    them too."""
+    for i in range(80):
+        (tmp_path / "data" / "ab"[i // 40]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (3 * i, 0, 0)).save(tmp_path / "data" / "ab"[i // 40] / f"{i}.png")
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (32, 32), (0, 99, 0)).save(tmp_path / "more" / "0.png")
+    data = dict(dataset_name="folder", data_path=str(tmp_path / "more"), val_path=str(tmp_path / "data"))
+    trainer = make_trainer(**data, **changes)
+    taken = [i for batch in trainer.val_loader for i in batch.index.tolist()]
+    assert len(taken) == 40 and sorted(taken) == list(range(0, 80, 2)) != taken
+    assert [i for batch in trainer.val_loader for i in batch.index.tolist()] == taken
+    assert trainer.config.n_val_images(80) == 40 and trainer.config.n_val_images(30) == 30
+    firsts = sum(i < 40 for i in taken[:20])
+    assert 5 < firsts < 15  # the first half of the noise levels is not that of the first class
+    constants = trainer.evaluator.constant_losses(trainer.repa_module)
+    every = trainer.repa_module.target_features(torch.stack([trainer.val_loader.dataset[i]["image"] for i in taken]))
+    train = [trainer.train_loader.dataset[i]["image"] for i in range(len(trainer.train_loader.dataset))]
+    best = F.normalize(F.normalize(trainer.repa_module.target_features(torch.stack(train))).mean(0), dim=0)
+    expected = -(F.normalize(every) * best).sum(1).mean().item()
+    assert constants["val/repa_loss_constant"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_run_without_validation_images_trains(tmp_path):
     make_trainer(tmp_path, photos_val_crops=0, use_repa=False).train(max_steps=1)
     assert not any("val/loss" in record for record in read_metrics(tmp_path))
@@ -320,19 +345,23 @@ def test_validation_draws_token_counts_and_drops_no_condition():
     assert all("eval_dropout_mask" not in data for data in seen)
 
 
-def test_constant_prediction_is_logged_once_and_is_what_a_constant_scores(finished):
+def test_predictions_without_the_image_are_logged_once_and_are_the_best_there_are(finished):
+    """One vector for each position, and one for all; fitted to training images."""
     trainer = finished
-    logged = [record for record in read_metrics(trainer.run_dir) if "val/repa_loss_constant" in record]
-    assert len(logged) == 1 and logged[0]["step"] == 0
+    (logged,) = [record for record in read_metrics(trainer.run_dir) if "val/repa_loss_constant" in record]
+    assert logged["step"] == 0
     unit = {}
     for split, dataset in (("train", trainer.train_loader.dataset), ("val", trainer.val_loader.dataset)):
         images = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
-        target = trainer.repa_module.target_features(images).permute(0, 2, 3, 1).reshape(-1, 1280)
+        target = trainer.repa_module.target_features(images).flatten(2)  # [N, 1280, 16]
         unit[split] = target / target.norm(dim=1, keepdim=True)
-    mean = unit["train"].mean(0)
-    for split, target in unit.items():
-        expected = -(target @ (mean / mean.norm())).mean().item()
-        assert logged[0][f"{split}/repa_loss_constant"] == pytest.approx(expected, abs=1e-5)
+    by_position = unit["train"].mean(0)
+    for name, best in (("constant", by_position), ("mean", by_position.mean(1, keepdim=True))):
+        best = best / best.norm(dim=0)
+        for split, target in unit.items():
+            expected = -(target * best).sum(1).mean().item()
+            assert logged[f"{split}/repa_loss_{name}"] == pytest.approx(expected, abs=1e-5)
+    assert logged["train/repa_loss_constant"] < logged["train/repa_loss_mean"] - 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -420,11 +449,13 @@ def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path):
 
 def test_settings_changed_at_a_resume_are_in_force_and_named(tmp_path, caplog):
     path = make_trainer(tmp_path).save_checkpoint()
-    trainer = make_trainer(tmp_path, learning_rate=4e-4, weight_decay=0.5, warmup_steps=0)
+    trainer = make_trainer(tmp_path, learning_rate=4e-4, weight_decay=0.5, warmup_steps=0, scheduler="none")
     with caplog.at_level("INFO", "flextok"):
         trainer.load_checkpoint(path)
     groups = {group["name"]: group for group in trainer.optimizer.param_groups}
-    assert groups["decoder"]["lr"] == 4e-4 and groups["decoder"]["weight_decay"] == 0.5
+    for _ in range(2):
+        assert groups["decoder"]["lr"] == 4e-4 and groups["decoder"]["weight_decay"] == 0.5
+        trainer.train_step([first_batch(trainer)])
     assert "weight_decay was 0.01 and is now 0.5" in caplog.text
 
 
@@ -434,7 +465,6 @@ def test_settings_changed_at_a_resume_are_in_force_and_named(tmp_path, caplog):
         ({"seed": 1}, "trained with seed 0, now it is 1"),
         ({"optimizer": "adam"}, "trained with optimizer adamw"),
         ({"photos_train_crops": 20}, "trained with data .* restore the data"),
-        ({"use_repa": False}, "trained with use_repa True, now it is False"),
         ({"train_encoder": False}, "other parameters"),
         ({"batch_size": 2}, "images per optimizer step 4, now it is 2: set global_batch_size: 4"),
         ({"model": {**settings()["model"], "fsq_levels": [5, 8, 5]}}, "structure .*levels': \\[8, 5, 5\\]"),

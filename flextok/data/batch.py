@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..utils.random import generator
 from .images import BrokenFile
 
 FILLER = -1  # position of an image that keeps a process in step with the others and counts for nothing
@@ -96,6 +97,16 @@ def _stacked_images(items: Sequence[Any]) -> torch.Tensor:
     """One tensor [B, 3, H, W], and so one file descriptor, for the way out of a loading process."""
     images = [item["image"] if isinstance(item, dict) else item for item in items]
     return torch.stack([image[0] if isinstance(image, (list, tuple)) else image for image in images])
+
+
+def chosen_to_validate(n: int, total: int) -> list[int]:
+    """n indices, evenly spread over a dataset of `total` images, in an order of chance that is always the same.
+
+    Noise levels can go with the place in a batch, and files are often sorted by class: in their own order each class
+    would have its own noise levels.
+    """
+    indices = spread(n, total)
+    return [indices[i] for i in torch.randperm(n, generator=generator(0, "validation")).tolist()]
 
 
 def spread(n: int, total: int) -> list[int]:

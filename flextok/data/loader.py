@@ -3,11 +3,11 @@
 import itertools
 import logging
 import multiprocessing.queues
+import multiprocessing.util
 import os
 import re
 import signal
 import threading
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..utils.config import ConfigError
 from ..utils.errors import UserError
 from ..utils.processes import gathered, rank, world_size
-from .batch import Batch, collate
+from .batch import Batch, chosen_to_validate, collate
 from .images import BrokenFile
 from .sampler import GlobalBatchSampler
 
@@ -60,8 +60,13 @@ def _prepare_worker(worker_id: int) -> None:
 
 
 def _end(workers: list[multiprocessing.Process]) -> None:
+    """End processes, also one that is stopped (SIGSTOP, a stalled network disk), for which Python would wait at the
+    exit for ever."""
     for worker in workers:
         worker.terminate()
+    for worker in workers:
+        worker.join(1)
+        worker.kill()
 
 
 # Parts of what PyTorch and Python say where descriptors or shared memory are used up, or a process was killed; what to
@@ -89,8 +94,9 @@ class BatchLoader(DataLoader):
     def _get_iterator(self) -> Any:
         iterator = super()._get_iterator()
         if self.num_workers > 0:
-            # As part of a cycle of garbage the iterator has lost its queues when it wants to tell the workers to end.
-            weakref.finalize(iterator, _end, iterator._workers).atexit = False  # then Python and PyTorch see to it
+            # Also at the exit; and as part of a cycle of garbage the iterator has lost its queues when it wants to tell
+            # the workers to end.
+            multiprocessing.util.Finalize(iterator, _end, [iterator._workers], exitpriority=1)
             if threading.current_thread() is threading.main_thread():
                 # PyTorch would raise the death of a worker anywhere in the program; the wait for its batch finds it too
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -149,11 +155,8 @@ def build_loader(
 def build_loaders(
     config: Any, train_dataset: Dataset, val_dataset: Dataset | None, device: str | torch.device
 ) -> tuple[DataLoader, DataLoader | None]:
-    """The loaders of a configuration: training batches by address, validation batches in order (None if no dataset).
-
-    Args:
-        config: Has batch_size, accumulation(), val_batch_size (None: batch_size), num_workers and seed.
-    """
+    """The loaders of a configuration: training batches by address, and batches of the images that each validation
+    takes (None without a dataset)."""
     processes = dict(rank=rank(), world_size=world_size())
     sampler = GlobalBatchSampler(
         len(train_dataset), config.batch_size, config.accumulation(world_size()), seed=config.seed, **processes
@@ -162,7 +165,10 @@ def build_loaders(
     if val_dataset is None:
         return train_loader, None
     sampler = GlobalBatchSampler(
-        len(val_dataset), config.val_batch_size or config.batch_size, shuffle=False, **processes
+        chosen_to_validate(config.n_val_images(len(val_dataset)), len(val_dataset)),
+        config.val_batch_size or config.batch_size,
+        shuffle=False,
+        **processes,
     )
     return train_loader, build_loader(val_dataset, sampler, config.num_workers, device)
 

@@ -1,7 +1,7 @@
 """Which image goes into which optimizer step, on which rank, in which micro-batch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -25,7 +25,7 @@ class GlobalBatchSampler(Sampler):
     `set_state(epoch, 0)` before each.
 
     Args:
-        n_images: Images in the dataset.
+        images: The images, by their index in the dataset, or their number for all of it.
         batch_size: Most images in a micro-batch of one rank.
         accumulation: Micro-batches in a full window.
         shuffle: Permute the images in each epoch, by (seed, epoch); else in order.
@@ -35,7 +35,7 @@ class GlobalBatchSampler(Sampler):
 
     def __init__(
         self,
-        n_images: int,
+        images: int | Sequence[int],
         batch_size: int,
         accumulation: int = 1,
         shuffle: bool = True,
@@ -43,11 +43,12 @@ class GlobalBatchSampler(Sampler):
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.n_images, self.batch_size, self.accumulation = n_images, batch_size, accumulation
+        self.images = range(images) if isinstance(images, int) else images
+        self.n_images, self.batch_size, self.accumulation = len(self.images), batch_size, accumulation
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
         self.global_batch_size = batch_size * accumulation * world_size
         self.epoch, self.step_in_epoch = 0, 0
-        self.steps_per_epoch = math.ceil(n_images / self.global_batch_size)
+        self.steps_per_epoch = math.ceil(self.n_images / self.global_batch_size)
 
     def _parts(self, window_size: int) -> int:
         """Micro-batches of all ranks together in a window."""
@@ -81,5 +82,5 @@ class GlobalBatchSampler(Sampler):
             parts = self._parts(size)
             for part in range(self.rank, parts, self.world_size):
                 positions = range(part * size // parts, (part + 1) * size // parts)
-                batch = [(order[start + position], step, position) for position in positions]
-                yield batch or [(order[start], step, FILLER)]
+                batch = [(self.images[order[start + position]], step, position) for position in positions]
+                yield batch or [(self.images[order[start]], step, FILLER)]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data.batch import collate
 from ..data.loader import BatchLoader, BrokenFiles
 from ..model.utils.repa_encoders import FrozenEncoder, encoder_dtype
-from ..model.utils.repa_loss import load_encoder, normalised_target_sum
+from ..model.utils.repa_loss import load_encoder, unit_target_sum
 from ..training.pictures import save_grid
 from ..training.token_use import tokens_warning
 from ..utils.config import ConfigError
@@ -376,8 +376,7 @@ class Evaluator:
                 for i in range(len(images)):  # one by one: the confidence is over images
                     losses = module.layer_losses(features[i : i + 1], target[i : i + 1])
                     cosines.append(-torch.stack(losses).mean().cpu())
-                batch_total, batch_count = normalised_target_sum(target)
-                total, count = total + batch_total, count + batch_count
+                total, count = total + unit_target_sum(target).mean((1, 2)), count + len(target)
         result["projector_encoder"] = module.encoder_name
         result["cosine"] = metrics.mean_with_confidence(torch.stack(cosines))
         # The best constant for these very images, a little more than any constant fitted elsewhere reaches.

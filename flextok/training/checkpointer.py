@@ -37,7 +37,7 @@ STRUCTURE = (
     "scaling_factor",
 )  # fmt: skip
 
-
+NEW_RUN = "or start a new run with model: null and model_name set to the run's export"
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of an optimizer, of their parameter's shape
 
 
@@ -89,6 +89,7 @@ def trainer_state(trainer: Any) -> dict:
         "readout_state_dict": trainer.readout.state_dict() if trainer.readout is not None else None,
         "start_tokens": trainer.start_tokens,
         "best_val_loss": trainer.best_val_loss,
+        "validation": trainer.evaluator.compared,
         "constant_losses": trainer.constant_losses,
         "nonfinite_steps": trainer.guard.skipped,
         "config": trainer.config.to_dict(),
@@ -133,81 +134,99 @@ def _errors_of(source: str) -> Iterator[None]:
 
 def check_resumable(trainer: Any, checkpoint: dict, source: str) -> None:
     """Raise CheckpointError unless a trainer can continue from a checkpoint; log the settings that differ."""
-    config, then, step = trainer.config, checkpoint["config"], checkpoint["global_step"]
+    config, then, step = trainer.config, checkpoint.get("config") or {}, checkpoint.get("global_step")
     if not isinstance(step, int) or step < 0:
         raise CheckpointError(f"{source}: global_step is {step!r}, expected a number of steps")
-    images = checkpoint.get("global_batch_size") or then["batch_size"] * then["gradient_accumulation_steps"]
+    images = checkpoint.get("global_batch_size")
+    if images is None and "batch_size" in then:
+        images = then["batch_size"] * then["gradient_accumulation_steps"]
     was, now = structure(checkpoint.get("model_config")), structure(getattr(trainer.model, "config", None))
     differ = sorted(key for key in was.keys() & now.keys() if was[key] != now[key])  # an older version may say less
-    with_repa = checkpoint["repa_module_state_dict"] is not None
-    has_readout = checkpoint.get("readout_state_dict") is not None, trainer.readout is not None
-    weights = (0, 0) if has_readout[0] == has_readout[1] else (then.get("readout_weight", 0.0), config.readout_weight)
-    new = "or start a new run with model_name set to the run's export"
-    facts = [  # what, what it was, what it is, what to do
+    facts = [  # what, what it was (None: not known), what it is, what to do
         ("images per optimizer step", images, trainer.global_batch_size, f"set global_batch_size: {images}"),
         ("seed", then.get("seed"), config.seed, "set it back to continue"),
-        ("optimizer", then.get("optimizer"), config.optimizer, f"set it back, {new}"),
+        ("optimizer", then.get("optimizer"), config.optimizer, f"set it back, {NEW_RUN}"),
         ("the model's structure", {k: was[k] for k in differ}, {k: now[k] for k in differ},
-         f"set `model` and img_size back, {new}"),
-        ("data", checkpoint["data"], trainer.data_identity, f"restore the data and its settings, {new}"),
-        ("use_repa", with_repa, config.use_repa, f"set it back, {new}"),
-        ("readout_weight", weights[0], weights[1], "set it back, or null, to continue; readout_steps ends it"),
+         f"set `model` and img_size back, {NEW_RUN}"),
+        ("data", checkpoint.get("data"), trainer.data_identity, f"restore the data and its settings, {NEW_RUN}"),
     ]  # fmt: skip
-    if with_repa and config.use_repa:
-        ended, goes_on = step >= (then.get("repa_stop") or math.inf), step < (config.repa_stop or math.inf)
-        aligned = checkpoint.get("repa_layers") or trainer.repa_layers, then.get("repa_encoder_type")
-        if goes_on:
-            facts.append(("repa_layers and repa_encoder_type", aligned, (trainer.repa_layers, config.repa_encoder_type),
-                          f"set them back, {new}"))  # fmt: skip
-        if ended and goes_on:
+    goes_on = step < (config.repa_stop or math.inf)
+    if config.use_repa and goes_on and checkpoint.get("repa_module_state_dict") is not None:
+        encoder = config.repa_encoder_type
+        aligned = checkpoint.get("repa_layers") or trainer.repa_layers, then.get("repa_encoder_type", encoder)
+        facts.append(("repa_layers and repa_encoder_type", aligned, (trainer.repa_layers, encoder),
+                      f"set them back, {NEW_RUN}"))  # fmt: skip
+        if step >= (then.get("repa_stop") or math.inf):
             raise CheckpointError(
                 f"{source} is from after the end of REPA (repa_stop {then.get('repa_stop')}), which is for good, but "
                 f"repa_stop is now {config.repa_stop}: set it back to continue"
             )
     for what, before, after, advice in facts:
-        if before != after:
+        if before not in (None, after):
             raise CheckpointError(f"{source} was trained with {what} {before}, now it is {after}: {advice}")
-    for key, value in config.to_dict().items():
+    aligns = config.use_repa and then.get("use_repa")  # else _restore says what becomes of the projector
+    for key, value in config.to_dict().items() if then else ():
         was = then.get(key, type(config).model_fields[key].default)  # what an older version did not know
-        if value != was:
+        if value != was and (aligns or "repa" not in key):
             log.info("resume: %s was %s and is now %s", key, was, value)
 
 
 def _restore(trainer: Any, checkpoint: dict, source: str) -> None:
+    trainer.global_step = step = checkpoint["global_step"]
     restore_weights(trainer.model, checkpoint["model_state_dict"], source)
-    if trainer.repa_module is not None:
-        advice = "set repa_projector, repa_projector_hidden, repa_layers and the encoder back to continue"
-        restore_weights(
-            trainer.repa_module,
-            checkpoint["repa_module_state_dict"],
-            f"{source} holds another REPA projector: {advice}",
-        )
-    if trainer.readout is not None:
-        restore_weights(trainer.readout, checkpoint["readout_state_dict"], f"{source} (readout)")
-    trainer.global_step = checkpoint["global_step"]
-    restore_optimizer(trainer.optimizer, trainer.parts, checkpoint["optimizer_state_dict"], source)
-    scheduler, base_lrs = trainer.scheduler, trainer.scheduler.base_lrs
-    lambdas = scheduler.lr_lambdas
-    state = {**checkpoint["scheduler_state_dict"], "base_lrs": base_lrs, "lr_lambdas": [None] * len(lambdas)}
-    scheduler.load_state_dict(state)
-    rates = {group["name"]: group["lr"] for group in checkpoint["optimizer_state_dict"]["param_groups"]}
-    for group, base_lr, factor in zip(trainer.optimizer.param_groups, base_lrs, lambdas):
-        group["lr"] = base_lr * factor(scheduler.last_epoch)
+    optimizer_state = checkpoint.get("optimizer_state_dict") or {"state": {}, "param_groups": []}
+    if not optimizer_state["param_groups"]:
+        log.warning("resume: %s holds no optimizer_state_dict: all moments start empty", source)
+    projector = (
+        f"{source} holds another REPA projector: set repa_projector, repa_projector_hidden, repa_layers and the "
+        "encoder back; it"
+    )
+    kept = {"encoder", "decoder", "vae"}
+    for part, module, key, name, what, source_of_part in (
+        ("repa_projector", trainer.repa_module, "repa_module_state_dict", "REPA", "projector", projector),
+        ("readout", trainer.readout, "readout_state_dict", "the read-out", "linear layer", f"{source} (readout)"),
+    ):
+        state = checkpoint.get(key)
+        if module is not None and state is not None:
+            restore_weights(module, state, source_of_part)
+            kept.add(part)
+        elif module is not None:
+            log.info("resume: %s was off at step %d and is now on: a new %s is made from the seed, its moments are "
+                     "empty, the schedule of its weight goes by the run's step", name, step, what)  # fmt: skip
+        elif state is not None:
+            log.info("resume: %s was on at step %d and is now off: the checkpoint's %s and its moments are dropped",
+                     name, step, what)  # fmt: skip
+    restore_optimizer(trainer.optimizer, trainer.parts, kept, optimizer_state, source)
+    rates = {group["name"]: group["lr"] for group in optimizer_state["param_groups"]}
+    scheduler, groups = trainer.scheduler, trainer.optimizer.param_groups  # the schedule is a function of the step
+    for group, base_lr, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = base_lr * factor(step)
         was = rates.get(group["name"], group["lr"])
         if not math.isclose(was, group["lr"], rel_tol=1e-6):
             log.info("resume: the learning rate of %s was %.3g and is now %.3g", group["name"], was, group["lr"])
-    if checkpoint["scaler_state_dict"] and trainer.scaler.is_enabled():
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    scheduler._last_lr = [group["lr"] for group in groups]
+    if checkpoint.get("scaler_state_dict") and trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(checkpoint["scaler_state_dict"])
     if trainer.ema is not None:
-        averages = checkpoint["ema_model_state_dict"] or checkpoint["model_state_dict"]
+        averages = checkpoint.get("ema_model_state_dict")
+        if averages is None:
+            log.info("resume: the checkpoint holds no averages: they start from its weights at step %d", step)
+        averages = averages or checkpoint["model_state_dict"]
         trainer.ema.load_state_dict(check_weights(trainer.model, averages, f"{source} (averages)"))
-    if checkpoint["config"].get("best_metric", "val/flow_loss") == trainer.config.best_metric:
-        trainer.best_val_loss = checkpoint["best_val_loss"]
+    elif checkpoint.get("ema_model_state_dict") is not None:
+        log.info("resume: use_ema is off: the checkpoint's averages are dropped, its weights go on")
+    trainer.best_val_loss = checkpoint.get("best_val_loss", math.inf)
+    if checkpoint.get("validation") != trainer.evaluator.compared and math.isfinite(trainer.best_val_loss):
+        log.info("resume: validation measures something else than before: best.pt is chosen anew")
+        trainer.best_val_loss = math.inf
     tokens = checkpoint.get("start_tokens")
     trainer.start_tokens = None
     if isinstance(tokens, torch.Tensor):  # broadcast where the others can get it, looked at on the CPU
         trainer.start_tokens = from_rank_0(tokens, next(trainer.model.parameters())).cpu()
-    trainer.constant_losses = checkpoint.get("constant_losses")
+    losses = checkpoint.get("constant_losses") or {}
+    # Of this encoder and layers; a version that knew no repa_loss_mean called that repa_loss_constant.
+    trainer.constant_losses = losses if "repa_projector" in kept and "train/repa_loss_mean" in losses else None
     trainer.latest.update(trainer.constant_losses or {})
     trainer.guard.skipped = int(checkpoint.get("nonfinite_steps", 0))
     trainer.wandb_id = checkpoint.get("wandb_id")
@@ -232,8 +251,12 @@ def restore_weights(module: nn.Module, state: dict[str, torch.Tensor], source: s
     load_weights(module, {key: from_rank_0(value, own[key]) for key, value in state.items()}, source)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, parts: dict[str, nn.Module], state: dict, source: str) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parts: dict[str, nn.Module], kept: set[str], state: dict, source: str
+) -> None:
     """Load an optimizer's moments by the names of its parameters; its groups and their settings stay as they are now.
+
+    Only those of the parts in `kept` are loaded.
 
     A parameter that the checkpoint does not have starts from nothing. Older checkpoints have no names: there each part
     is one group, of its trained parameters in their order.
@@ -246,6 +269,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, parts: dict[str, nn.Modu
     in_order = [f"{part}.{name}" for part, module in parts.items() for name, _ in module.named_parameters()]
     moments = {}
     for group in state["param_groups"]:
+        if group["name"].split(".")[0] not in kept:
+            continue
         of_part = [name for name in in_order if name in own and name.startswith(f"{group['name']}.")]
         names = group.get("parameter_names", of_part)
         if len(names) != len(group["params"]) or not own.keys() >= set(names):

@@ -61,8 +61,19 @@ def check_writable(folder: Path) -> None:
 def prune_checkpoints(folder: Path, keep_last: int | None) -> None:
     """Remove all but the last `keep_last` checkpoints of epochs (None: keep all); latest, previous and best stay."""
     if keep_last is not None:
-        for path in sorted(folder.glob(EPOCH.format("*")))[: -keep_last or None]:
-            path.unlink()
+        epochs = {path.stem.removeprefix("epoch_"): path for path in folder.glob(EPOCH.format("*"))}
+        for epoch in sorted(filter(str.isdecimal, epochs), key=int)[:-keep_last]:
+            epochs[epoch].unlink()
+
+
+def later_checkpoint(path: Path, step: int) -> tuple[Path, int] | None:
+    """The checkpoint beside `path` of the latest step after `step`, and that step; None if there is none."""
+    steps = {}
+    for other in path.parent.glob("*.pt"):
+        with contextlib.suppress(CheckpointError):
+            steps[other] = read_checkpoint(other).get("global_step", 0)
+    last = max(steps, key=lambda other: (steps[other], other.name == LATEST), default=path)
+    return (last, steps[last]) if steps.get(last, 0) > step else None
 
 
 def readable_checkpoint(path: Path) -> tuple[Path, dict]:

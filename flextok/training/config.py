@@ -188,8 +188,11 @@ class TrainConfig(BaseModel):
     """A step whose loss or gradient is not finite changes nothing; more than so many in a row end the run."""
     val_batch_size: Count | None = None
     """Images per validation pass; null: batch_size."""
+    val_images: Count | None = None
+    """Images of each validation, over all processes: evenly spread over the validation set, the same ones each time.
+    null: max_val_batches x val_batch_size, or the whole set."""
     max_val_batches: Count | None = None
-    """Validation passes at most; null: the whole validation set."""
+    """The same as a number of batches of val_batch_size images; null: as val_images says."""
     val_every_steps: Count | None = None
     """Validate every so many steps too; null: only at the end of each epoch."""
     val_token_images: NonNegativeInt = 32
@@ -308,8 +311,9 @@ class TrainConfig(BaseModel):
     """File with the encoder's weights (.pth, .safetensors), for machines without network."""
     repa_encoder_revision: str | None = None
     """Branch, tag or commit of the encoder's repository (GitHub for DINOv2, the Hub for timm)."""
-    repa_constant_images: NonNegativeInt = 1000
-    """Training images that the constant prediction (val/repa_loss_constant) is fitted to; 0: not computed."""
+    repa_constant_images: NonNegativeInt = 256
+    """Training images that the constant predictions (repa_loss_constant, repa_loss_mean) are fitted to; 0: not
+    computed."""
 
     # Pictures
     visualize_every: NonNegativeInt = 1000
@@ -317,7 +321,9 @@ class TrainConfig(BaseModel):
     num_vis_images: Count = 8
     """Validation images in a picture."""
     num_psnr_images: Count | None = None
-    """Validation images whose PSNR by token count is measured with each picture; null: those in it."""
+    """Validation images whose PSNR by token count is measured with each picture; null: as many as are in it."""
+    psnr_guidance_scale: NonNegativeFloat = 1.0
+    """Guidance scale of the reconstructions whose PSNR is measured; 1: none, which comes closest to the pixels."""
     vis_token_counts: list[Count] = [1, 4, 16, 64, 256]
     """Token counts in a picture."""
     inference_steps: Count = 25
@@ -454,6 +460,10 @@ class TrainConfig(BaseModel):
             yield "repa_weight is 0: the alignment is computed and moves nothing; use_repa: false saves its work"
         if self.cache_crops is not None and not self.crop.startswith("random"):
             yield f"cache_crops is {self.cache_crops}, but crop is {self.crop}, of which there is one for each image"
+        if self.val_images is not None and self.max_val_batches is not None:
+            yield f"max_val_batches is {self.max_val_batches}, but val_images is set too, which is what counts"
+        if self.model is not None and self.model_revision is not None:
+            yield f"model_revision is {self.model_revision}, but model gives a new one, which has no revisions"
         if self.decay_steps is not None and self.scheduler != "wsd":
             yield f"decay_steps is {self.decay_steps}, but scheduler is {self.scheduler}: only wsd has such a decay"
         flow = self.flow or FlowSettings()
@@ -484,6 +494,13 @@ class TrainConfig(BaseModel):
             left = min(1.0, (self.repa_stop - step) / self.repa_cooldown_steps)  # from 1 to 0, which is at repa_stop
             factor *= left if self.repa_cooldown == "linear" else 0.5 * (1 - math.cos(math.pi * left))
         return factor
+
+    def n_val_images(self, n: int) -> int:
+        """Images of each validation, of a validation set of n."""
+        if self.val_images is not None:
+            return min(n, self.val_images)
+        batches, size = self.max_val_batches, self.val_batch_size or self.batch_size
+        return n if batches is None else min(n, batches * size)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run."""
@@ -612,6 +629,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
                 target[parent] = {}
             target = target[parent]
         target[key] = parse_yaml(text) if parents else _override(key, text)
+    default = TrainConfig.model_fields["model_name"].default  # which a run's own config.yaml has beside its model
+    name_is_given = any(override.split("=")[0].strip() == "model_name" for override in overrides)
+    if values.get("model") is not None and (name_is_given or values.get("model_name", default) != default):
+        raise ConfigError(
+            f"model_name is {shown(values['model_name'])}, but model is set too, which makes a new model: remove "
+            "model (--set model=null) to start from model_name, or remove model_name"
+        )
     config = TrainConfig.from_dict(values)
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first speaks for all
         for warning in config.unwise():

@@ -1,51 +1,55 @@
-"""What REPA's loss is if every position predicts one vector: the line above which nothing is aligned."""
+"""What REPA's loss is for predictions that ignore the image: what is aligned lies below them.
 
-from collections.abc import Iterator
+The decoder's features know where they are, and encoder features share much at each place (the corners of photographs,
+the middle of faces), so that a projector which ignores the image can still predict a vector for each position.
+"""
 
 import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
 
 from ..data.batch import plain_images
-from ..model.utils.repa_loss import constant_prediction_loss, normalised_target_sum
+from ..model.utils.repa_loss import unit_target_sum
+from ..utils.output import with_progress
 from ..utils.processes import rank, summed, world_size
 
 
 @torch.no_grad()
 def constant_losses(
-    repa_module: nn.Module, train: Dataset, val: Dataset | None, n_train: int, n_val: int, batch_size: int,
+    repa_module: nn.Module, datasets: dict[str, Dataset], indices: dict[str, list[int]], batch_size: int,
     num_workers: int, device: torch.device,
 ) -> dict[str, float]:  # fmt: skip
-    """`train/repa_loss_constant` and `val/repa_loss_constant`; each process computes a part of the images.
+    """By split, `SPLIT/repa_loss_constant`, of the best vector for each position, and `SPLIT/repa_loss_mean`, of the
+    best vector for all of them. The best vectors are the mean unit targets of the training images.
 
-    The vector is the mean unit target of training images, the best that does not look at the image.
+    Several processes have to call this together; each computes a part of the images.
 
     Args:
-        train, val: Datasets; features are read from their caches where they have some.
-        n_train: About so many training images are looked at.
-        n_val: The first so many validation images are.
+        datasets: By split; features are read from their caches where they have some.
+        indices: By split, `train` first, which images are looked at.
     """
 
-    def targets(dataset: Dataset, indices: list[int]) -> Iterator[torch.Tensor]:
-        indices = indices[rank() :: world_size()]
+    def mean_unit_target(split: str) -> torch.Tensor:  # float64 [C, H, W]
+        dataset, own = datasets[split], indices[split][rank() :: world_size()]
         if hasattr(dataset, "cached_features"):
-            for start in range(0, len(indices), batch_size):
-                yield repa_module.targets(dataset.cached_features(indices[start : start + batch_size]).to(device))
+            chunks = (own[start : start + batch_size] for start in range(0, len(own), batch_size))
+            targets = (repa_module.targets(dataset.cached_features(chunk).to(device)) for chunk in chunks)
         else:
-            for images in plain_images(dataset, indices, batch_size, num_workers):
-                yield repa_module.target_features(images.to(device))
+            images = plain_images(dataset, own, batch_size, num_workers)
+            targets = (repa_module.target_features(batch.to(device)) for batch in images)
+        shape = (repa_module.encoder_dim, *repa_module.target_size)
+        total = torch.zeros(shape, dtype=torch.float64, device=device)
+        for target in with_progress(targets, len(own), f"constant REPA predictions, {split}"):
+            total += unit_target_sum(target)
+        return summed(total) / len(indices[split])
 
-    total = torch.zeros(repa_module.encoder_dim, dtype=torch.float64, device=device)
-    count = torch.zeros((), device=device)
-    for target in targets(train, list(range(0, len(train), max(1, len(train) // n_train)))):
-        batch_total, batch_count = normalised_target_sum(target)
-        total, count = total + batch_total, count + batch_count
-    mean = summed(total) / summed(count)
-    # The cosine of each unit target with the direction of their mean averages to the length of that mean.
-    losses = {"train/repa_loss_constant": -float(mean.norm())}
-    if val is not None and n_val:
-        val_total = torch.zeros((), device=device)
-        for target in targets(val, list(range(n_val))):
-            val_total += constant_prediction_loss(mean, target) * len(target)
-        losses["val/repa_loss_constant"] = float(summed(val_total)) / n_val
+    losses, predictions = {}, {}
+    for split in indices:
+        mean = mean_unit_target(split)
+        if not predictions:
+            predictions = {"constant": mean, "mean": mean.mean((1, 2), keepdim=True)}
+        for name, vectors in predictions.items():
+            # The mean cosine with a fixed vector is the product of its direction and the mean unit target.
+            cosine = (nn.functional.normalize(vectors, dim=0) * mean).sum(0).mean()
+            losses[f"{split}/repa_loss_{name}"] = -float(cosine)
     return losses

@@ -1,8 +1,6 @@
 """What a run measures between its steps: losses of validation images, use of the tokens, reconstructions."""
 
 import contextlib
-import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -13,6 +11,7 @@ from ..data.batch import Batch, plain_images, spread
 from ..flextok_wrapper import FlexTok
 from ..utils.dtypes import precision
 from ..utils.modules import evaluating
+from ..utils.output import with_progress
 from ..utils.processes import summed, world_size
 from ..utils.random import VALIDATION_STEP, BatchRandom
 from .config import TrainConfig
@@ -49,11 +48,18 @@ class Evaluator:
         self.train_loader, self.val_loader, self.stop_request = train_loader, val_loader, stop_request
         self.batch_size = config.val_batch_size or config.batch_size
         n = len(val_loader.dataset) if val_loader is not None else 0
-        at_most = math.inf if config.max_val_batches is None else config.max_val_batches * self.batch_size
-        self.n_images = min(n, at_most * world_size())  # that all processes together validate on, each once
+        self.n_images = config.n_val_images(n)  # that all processes together validate on, each once
         self.n_token_images = min(config.val_token_images, n)
         self.counts = sorted({min(k, model.n_registers) for k in config.vis_token_counts})  # of tokens, in pictures
         self._mean_image: torch.Tensor | None = None
+
+    @property
+    def compared(self) -> dict[str, str | int | float | None]:
+        """What has to be the same for two values of `best_metric` to compare."""
+        names = ["best_metric"]
+        if self.config.best_metric.startswith("val/psnr"):
+            names += ["num_psnr_images", "psnr_guidance_scale", "inference_steps"]
+        return {"val_images": self.n_images, **{name: getattr(self.config, name) for name in names}}
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
@@ -76,7 +82,9 @@ class Evaluator:
         sums: dict[str, torch.Tensor] = {}
         done, broken = 0, []
         with self._mode():
-            for batch in self._stoppable(itertools.islice(self.val_loader, self.config.max_val_batches)):
+            for batch in self._stoppable(self.val_loader):
+                if done >= self.n_images:  # of a loader that is not of build_loaders
+                    break
                 batch = Batch.of(batch)
                 positions = torch.arange(len(batch)) if batch.position is None else batch.position
                 positions = (positions + done).to(self.device)
@@ -88,30 +96,38 @@ class Evaluator:
         n = done if world_size() == 1 else self.n_images
         return {f"val/{name}": float(summed(value)) / n for name, value in sums.items()}, broken
 
-    def tokens(self) -> tuple[dict[str, float], torch.Tensor | None]:
-        """How `val_token_images` validation images use their tokens, and those tokens [N, L]; in each process."""
+    def tokens(self, title: str | None = None) -> tuple[dict[str, float], torch.Tensor | None]:
+        """How `val_token_images` validation images use their tokens, and those tokens [N, L]; in each process.
+
+        Args:
+            title: Of a progress bar; None: no bar.
+        """
         n = self.n_token_images
         if n == 0:
             return {}, None
         dataset = self.val_loader.dataset
         with self._mode():
             images = self._stoppable(plain_images(dataset, spread(n, len(dataset)), self.batch_size))
+            images = with_progress(images, n, title)
             metrics, tokens = measure_tokens(self.model, images, n, VALIDATION_SEED, self.device)
         return {f"val/{name}": value for name, value in metrics.items()}, tokens
 
     def constant_losses(self, repa_module: nn.Module) -> dict[str, float]:
-        """REPA's losses of training and validation images if every position predicts one vector, by W&B key."""
+        """REPA's losses of predictions that ignore the image, by W&B key: see `constant_prediction`."""
         from .constant_prediction import constant_losses  # a run without REPA needs none of it
 
-        config = self.config
-        val = self.val_loader.dataset if self.val_loader is not None else None
+        train, val = self.train_loader.dataset, self.val_loader and self.val_loader.dataset
+        indices = {"train": spread(min(self.config.repa_constant_images, len(train)), len(train))}
+        if self.n_images:
+            sampler = self.val_loader.batch_sampler
+            indices["val"] = list(getattr(sampler, "images", range(self.n_images)))
         return constant_losses(
-            repa_module, self.train_loader.dataset, val, config.repa_constant_images, self.n_images, config.batch_size,
-            config.num_workers, self.device,
+            repa_module, {"train": train, "val": val}, indices, self.config.batch_size, self.config.num_workers,
+            self.device,
         )  # fmt: skip
 
     def reconstructions(self) -> tuple[dict[str, torch.Tensor], dict[int, float], float]:
-        """Reconstructions by number of tokens.
+        """Reconstructions by number of tokens, with `guidance_scale` for the picture, `psnr_guidance_scale` for PSNR.
 
         Returns:
             The columns of the picture by title, [num_vis_images, 3, H, W] in [-1, 1]; mean PSNR in dB of
@@ -120,19 +136,24 @@ class Evaluator:
         config, dataset = self.config, (self.val_loader or self.train_loader).dataset
         n_pictured = min(config.num_vis_images, len(dataset))
         n = min(max(n_pictured, config.num_psnr_images or 0), len(dataset))
-        images = plain_images(dataset, spread(n, len(dataset)), max(n_pictured, self.batch_size))
-        sampler = dict(
-            timesteps=config.inference_steps, guidance_scale=config.guidance_scale,
-            perform_norm_guidance=config.perform_norm_guidance,
-        )  # fmt: skip
-        with self._mode():
-            columns = flexible_length(
-                self.model, self._stoppable(images), self.counts, VALIDATION_SEED, self.device,
-                lambda: self.stop_request.raise_if_set(self.device), **sampler,
-            )  # fmt: skip
+        measured = self._columns(spread(n, len(dataset)), config.psnr_guidance_scale)
+        if config.guidance_scale == config.psnr_guidance_scale:
+            pictured = {title: column[spread(n_pictured, n)] for title, column in measured.items()}
+        else:
+            pictured = self._columns(spread(n_pictured, len(dataset)), config.guidance_scale)
         if self._mean_image is None:
             self._mean_image = mean_image(self.train_loader.dataset, config.batch_size).to(self.device)
-        originals = columns["original"]
-        psnrs = [float(psnr(column, originals).mean()) for column in list(columns.values())[1:-1]]
-        pictured = {title: column[spread(n_pictured, n)] for title, column in columns.items()}
+        originals = measured["original"]
+        psnrs = [float(psnr(column, originals).mean()) for column in list(measured.values())[1:-1]]
         return pictured, dict(zip(self.counts, psnrs)), float(psnr(self._mean_image, originals).mean())
+
+    def _columns(self, indices: list[int], guidance_scale: float) -> dict[str, torch.Tensor]:
+        """Columns of a picture of some images."""
+        config, dataset = self.config, (self.val_loader or self.train_loader).dataset
+        images = plain_images(dataset, indices, max(config.num_vis_images, self.batch_size))
+        with self._mode():
+            return flexible_length(
+                self.model, self._stoppable(images), self.counts, VALIDATION_SEED, self.device,
+                lambda: self.stop_request.raise_if_set(self.device), timesteps=config.inference_steps,
+                guidance_scale=guidance_scale, perform_norm_guidance=config.perform_norm_guidance,
+            )  # fmt: skip

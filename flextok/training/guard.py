@@ -190,5 +190,5 @@ class NotFinite(UserError):
     def advice(self, saved_step: int | None) -> str:
         """What to do, where the last checkpoint of the run is of a step (None: there is none)."""
         if saved_step is None or saved_step >= self.first:
-            return "latest.pt is not from before: go on from an older checkpoint, with a smaller learning rate"
+            return "latest.pt is not from before: branch off an older one (--run-dir) with a smaller learning rate"
         return f"latest.pt, of step {saved_step}, is from before: go on from it with a smaller learning rate"

@@ -1,10 +1,10 @@
 """What a run tells: progress bar, metrics.jsonl in the run folder, Weights & Biases. None of them can end it."""
 
 import contextlib
+import inspect
 import json
 import logging
 import math
-import netrc
 import os
 import queue
 import threading
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
@@ -187,7 +186,7 @@ class WandbLog:
             log.warning("W&B does not start within %d s: the run goes on without waiting for it", WANDB_SECONDS)
 
     def _start(self, settings: dict) -> None:
-        mode = wandb_mode()
+        mode = wandb_mode(self._wandb)
         quiet = self._wandb.Settings(silent=True, init_timeout=WANDB_SECONDS)
         run = self._wandb.init(dir=self.run_dir, mode=mode, resume="allow", settings=quiet, **settings)
         run.define_metric("*", step_metric="train/step")  # a resumed run logs some steps again
@@ -225,17 +224,17 @@ class WandbLog:
                         self.run_dir / "wandb" / "latest-run")  # fmt: skip
 
 
-def wandb_mode() -> str:
-    """`online` only with a login and a reachable server: W&B must neither ask nor wait."""
-    asked = os.environ.get("WANDB_MODE", "online")
-    if asked != "online":
-        return asked
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    if not os.environ.get("WANDB_API_KEY"):
-        try:
-            login = netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(url).hostname)
-        except (OSError, netrc.NetrcParseError):
-            login = None
-        if login is None:
-            return "offline"
-    return "online" if reachable(url) else "offline"
+def wandb_mode(wandb: Any) -> str:
+    """`online` only with a login and a reachable server: W&B must neither ask nor wait.
+
+    Server, mode and login are those of W&B itself: of its environment variables, its settings files (where
+    `wandb login --host` leaves a server of one's own) and netrc.
+    """
+    settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+    if settings.mode not in (None, "online"):
+        return settings.mode
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        logged_in = wandb.login(prompt=False, verify=False)
+    else:  # of older versions
+        logged_in = wandb.api.api_key is not None
+    return "online" if logged_in and reachable(settings.base_url) else "offline"

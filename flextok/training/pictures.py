@@ -73,7 +73,7 @@ def save_grid(columns: Sequence[torch.Tensor], titles: Sequence[str], path: Path
 
 
 def save_curves(metrics_path: Path, path: Path) -> None:
-    """Draw a metrics.jsonl: flow loss, REPA loss with its constant baseline, PSNR by token count; what is there."""
+    """Draw a metrics.jsonl: flow loss, REPA loss with its constant predictions, PSNR by token count; what is there."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -97,13 +97,14 @@ def save_curves(metrics_path: Path, path: Path) -> None:
             for i, k in enumerate(counts):
                 colour = matplotlib.colormaps["viridis"](i / len(counts))
                 axis.plot(*series(f"val/psnr_k{k}"), color=colour, marker=".", label=f"{k} token{'s' * (k > 1)}")
-            constant_name, constant = "mean image", series("val/psnr_mean_image")[1]
+            constants = {"mean image": "val/psnr_mean_image"}
         else:
             axis.plot(*series(f"train/{name}"), color="tab:blue", linewidth=1, alpha=0.7, label=f"train/{name}")
             axis.plot(*series(f"val/{name}"), color="tab:orange", marker=".", label=f"val/{name}")
-            constant_name, constant = "a constant prediction", series(f"val/{name}_constant")[1]
-        if constant:
-            axis.axhline(constant[0], color="grey", linestyle="--", label=constant_name)
+            constants = {"best without the image": f"val/{name}_constant", "best single vector": f"val/{name}_mean"}
+        for (constant, key), line in zip(constants.items(), ("--", ":")):
+            if values := series(key)[1]:
+                axis.axhline(values[-1], color="grey", linestyle=line, label=constant)
         axis.set_xlabel("step")
         axis.set_title(titles[name])
         axis.grid(alpha=0.3)

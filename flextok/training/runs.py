@@ -4,6 +4,7 @@ import datetime
 import itertools
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from ..utils.config import ConfigError
 from ..utils.errors import UserError
 from ..utils.files import folder_name, write_atomically
 from ..utils.plain import parse_yaml
-from .checkpoints import LATEST, check_writable, readable_checkpoint
+from .checkpoints import LATEST, check_writable, later_checkpoint, read_checkpoint, readable_checkpoint
 from .config import TrainConfig
 
 log = logging.getLogger("flextok")
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, METRICS = "config.yaml", "metrics.jsonl"
 
 
 def new_run_dir(config: TrainConfig) -> Path:
@@ -40,10 +41,21 @@ def new_run_dir(config: TrainConfig) -> Path:
     return folder
 
 
-def prepare_run_dir(folder: Path, config: TrainConfig) -> None:
-    """See that a run can write in its folder, and leave its settings there; raises UserError."""
+def prepare_run_dir(folder: Path, config: TrainConfig, branched_from: Path | None = None) -> None:
+    """See that a run can write in its folder, and leave its settings there; raises UserError.
+
+    Args:
+        branched_from: Folder of the run whose checkpoint this one goes on from; its metrics are copied.
+    """
     check_writable(folder / "checkpoints")
     write_config(folder, config)
+    if branched_from is not None and (branched_from / METRICS).is_file() and not (folder / METRICS).exists():
+        write_atomically(folder / METRICS, lambda path: shutil.copyfile(branched_from / METRICS, path))
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in, if it does."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
@@ -77,7 +89,7 @@ def find_run(config: TrainConfig, resume: str | None, run_dir: str | None) -> tu
 
     Raises:
         FileNotFoundError: A path that does not exist, or a folder without a checkpoint.
-        ConfigError: The folder holds a run already, which is not the one to continue.
+        ConfigError: The folder holds a run already, which is not the one to continue, or has gone on since.
     """
     folder, checkpoint = Path(run_dir) if run_dir is not None else None, None
     if resume == "latest":
@@ -85,18 +97,29 @@ def find_run(config: TrainConfig, resume: str | None, run_dir: str | None) -> tu
         checkpoint = max(
             (file for file in files if file.is_file()), key=lambda file: file.stat().st_mtime, default=None
         )
-        if checkpoint is None:
-            log.info("resume: latest finds no checkpoint, this is a new run")
+        arm, hint = "", ""
+        if folder is None:
+            arm = f" of a run {'with' if config.use_repa else 'without'} REPA"
+            hint = " (to switch REPA in a run that goes on, give its folder: --resume RUN)"
+        found = f"finds no checkpoint{arm}, this is a new run"
+        log.info("resume: latest %s%s", found if checkpoint is None else f"is {checkpoint}, the newest{arm}", hint)
     elif resume is not None:
         path = Path(resume).expanduser()
         files = [path / "checkpoints" / LATEST, path / LATEST] if path.is_dir() else [path]
         checkpoint = next((file for file in files if file.is_file()), None)
         if checkpoint is None:
             raise FileNotFoundError(f"resume: there is no checkpoint at {path}; give a file, a run folder, or `latest`")
+    own = None if checkpoint is None else run_of(checkpoint)
+    if own is not None and checkpoint.name != LATEST and (folder is None or folder.resolve() == own.resolve()):
+        step = read_checkpoint(checkpoint).get("global_step", 0)
+        if later := later_checkpoint(checkpoint, step):
+            raise ConfigError(
+                f"{checkpoint} is of step {step}, but its run has gone on to step {later[1]} ({later[0].name}), which "
+                f"would be overwritten: branch off with --run-dir NEW, or go on from there with --resume {own}"
+            )
     if folder is None:
-        of_run = checkpoint is not None and checkpoint.parent.name == "checkpoints"
-        return (checkpoint.parent.parent if of_run else None), checkpoint
-    begun = (folder / "metrics.jsonl").exists() and (resume is None or any((folder / "checkpoints").glob("*.pt")))
+        return own, checkpoint
+    begun = (folder / METRICS).exists() and (resume is None or any((folder / "checkpoints").glob("*.pt")))
     if begun and (checkpoint is None or checkpoint.resolve().parent.parent != folder.resolve()):
         raise ConfigError(
             f"--run-dir {folder} holds a run already: continue it with --resume latest, or name another folder"

@@ -125,9 +125,10 @@ def closing_words(step: int, metrics: dict[str, float], warnings: dict[str, str]
     if by_count:
         text = ", ".join(f"{psnr:.2f} from {k} token{'s' * (k > 1)}" for k, psnr in sorted(by_count.items()))
         lines.append(f"  PSNR [dB]  {text}; mean image {metrics['val/psnr_mean_image']:.2f}")
-    if metrics.get("val/repa_loss_constant") is not None and "val/repa_loss" in metrics:
-        constant = metrics["val/repa_loss_constant"]
-        lines.append(f"  REPA loss  {metrics['val/repa_loss']:.3f} (a constant prediction: {constant:.3f})")
+    if "val/repa_loss" in metrics:
+        names = {"without the image": "val/repa_loss_constant", "one vector": "val/repa_loss_mean"}
+        known = [f"{name}: {metrics[key]:.3f}" for name, key in names.items() if metrics.get(key) is not None]
+        lines.append(f"  REPA loss  {metrics['val/repa_loss']:.3f}" + (f" ({', '.join(known)})" if known else ""))
     if "val/codes_distinct_1" in metrics:
         distinct, bits = metrics["val/codes_distinct_1"], metrics["val/codes_entropy_1"]
         lines.append(f"  codes      {distinct:.0%} as many different first codes as images ({bits:.1f} bits)")

@@ -2,7 +2,13 @@
 
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .processes import rank
 
 
 class SteadfastStream:
@@ -42,3 +48,11 @@ def steadfast_output() -> None:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
             setattr(sys, name, SteadfastStream(stream))
+
+
+def with_progress(batches: Iterable[torch.Tensor], n: int, title: str | None) -> Iterator[torch.Tensor]:
+    """The batches, with a progress bar of n images while they are used; without a title there is none."""
+    with tqdm(total=n, unit="img", desc=title, leave=False, dynamic_ncols=True, disable=not title or rank() > 0) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))

@@ -335,9 +335,9 @@ def auto_target_size(encoder_grid: Sequence[int], decoder_grid: Sequence[int]) -
 class REPAModule(nn.Module):
     """The REPA loss: a frozen encoder that gives targets, and the trained projector.
 
-    `.encoder` is None until `load_encoder()`, and after `free_encoder()`. It is an attribute but no submodule: it is in
-    no state dict, parameter list, train mode, cast or DDP bucket, and a checkpoint holds the projector alone. Features
-    that were computed before make targets without it.
+    `.encoder` is there from `load_encoder()` to `free_encoder()`. It is no submodule: it is in no state dict, parameter
+    list, train mode, cast or DDP bucket, and a checkpoint holds the projector alone. Features that were computed before
+    make targets without it.
 
     Args:
         decoder_dim: Channels D of the decoder features of one layer.
@@ -402,7 +402,7 @@ class REPAModule(nn.Module):
         Raises:
             EncoderUnavailable: If it is neither on this machine nor within reach.
         """
-        if self.encoder is None:
+        if not self.has_encoder:
             self.use_encoder(self._load())
         return self.encoder.to(next(self.projector.parameters()).device)
 
@@ -410,7 +410,21 @@ class REPAModule(nn.Module):
         """Take an encoder as `.encoder`; None frees the one that is there."""
         if encoder is not None:
             encoder.eval().requires_grad_(False)
-        self.__dict__["encoder"] = encoder  # `self.encoder = encoder` would make it a submodule
+        self.__dict__["_encoder"] = encoder  # `self._encoder = encoder` would make it a submodule
+
+    @property
+    def has_encoder(self) -> bool:
+        return self._encoder is not None
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The frozen encoder; raises RuntimeError while it is not loaded."""
+        if not self.has_encoder:
+            raise RuntimeError(
+                f"{self.encoder_name} is not loaded: its features come from the cache (repa_cache), or the alignment "
+                "has ended (repa_stop); repa_module.load_encoder() loads it"
+            )
+        return self._encoder
 
     def free_encoder(self) -> None:
         """Let go of the encoder and its memory."""
@@ -445,8 +459,6 @@ class REPAModule(nn.Module):
             ValueError: If `images` has another shape.
             RuntimeError: There is no encoder.
         """
-        if self.encoder is None:
-            raise RuntimeError(f"{self.encoder_name} is not loaded or was freed: call repa_module.load_encoder() first")
         return self.encoder(images).float()
 
     @torch.no_grad()
@@ -530,24 +542,8 @@ def spatially_normalised(features: torch.Tensor, gamma: float) -> torch.Tensor:
     return (features - gamma * mean) / (std + 1e-6)
 
 
-def normalised_target_sum(target: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Sum of the unit vectors of a target [B, C, H, W] over images and positions, float64 [C], and their number.
-
-    Add both over batches (and ranks); sum / number is the mean that `constant_prediction_loss` takes.
-    """
+def unit_target_sum(target: torch.Tensor) -> torch.Tensor:
+    """Sum over images of the unit vectors of a target [B, C, H, W]: float64 [C, H, W]; divided by the number of images
+    it is, at each position, the best prediction that does not depend on the image."""
     with torch.autocast(target.device.type, enabled=False):
-        unit = F.normalize(target.float(), dim=1, eps=NORM_EPS)
-        return unit.sum(dim=(0, 2, 3), dtype=torch.float64), target[:, 0].numel()
-
-
-def constant_prediction_loss(mean_normalised_target: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The REPA loss of predicting one vector at every position of every image: float32 scalar in [-1, 1].
-
-    The mean of the unit target vectors is the best such vector: a projector that ignores the image reaches this loss
-    and no lower, so alignment is what lies below it.
-
-    Args:
-        mean_normalised_target: [C], of any length; only its direction counts.
-        target: [B, C, H, W].
-    """
-    return negative_cosine_similarity(mean_normalised_target.view(1, -1, 1, 1).expand_as(target), target)
+        return F.normalize(target.float(), dim=1, eps=NORM_EPS).sum(dim=0, dtype=torch.float64)
