@@ -81,6 +81,7 @@ from flextok.utils.config import ConfigError
 from flextok.utils.devices import chosen_device, return_freed_memory
 from flextok.utils.dtypes import autocast_dtype, precision
 from flextok.utils.errors import UserError, only_warned
+from flextok.utils.memory import PeakMemory
 from flextok.utils.output import steadfast_output
 from flextok.utils.processes import from_first, gathered, joined, load_one_process_first, rank, summed, world_size
 from flextok.utils.random import RANDOM_KEY, BatchRandom
@@ -335,6 +336,7 @@ class FlexTokTrainer:
         from_first(lambda: prepare_run_dir(run_dir, self.config, self.branched_from))
         wandb = wandb_settings(self.config, run_dir, self.wandb_id)
         self.monitor = Monitor(run_dir, self.global_step, last_step, wandb)
+        self.memory = PeakMemory(self.device)
         self.wandb_id = self.monitor.wandb_id or self.wandb_id
         try:
             self.measure_start()
@@ -458,6 +460,8 @@ class FlexTokTrainer:
         metrics["train/lr"] = self.last_rates.get("decoder", next(iter(self.last_rates.values())))
         metrics["train/grad_norm"] = float(losses["grad_norm"])
         metrics.update(self.monitor.rates())
+        if (peak := self.memory.read()) is not None:
+            metrics["train/memory_gb"] = peak / 1e9
         metrics["train/epoch"] = step // self.steps_per_epoch
         metrics["train/skipped_steps"] = self.guard.skipped
         if self.use_repa:

@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_runs import draw_no_curves, run_main, settings
+from tiny_runs import draw_no_curves, read_metrics, run_main, settings
 
 import train_flextok
+from flextok.data.images import ImageFolderDataset
 from flextok.evaluation import __main__ as command
-from flextok.evaluation import ablation, evaluate, metrics
+from flextok.evaluation import ablation, evaluate, metrics, subjects
 from flextok.evaluation.evaluate import Evaluator, Options
 from flextok.evaluation.subjects import load_images, load_subject
 from flextok.model.utils.repa_encoders import EncoderUnavailable
@@ -22,8 +23,7 @@ from flextok.utils.config import ConfigError
 from flextok.utils.errors import UserError
 
 OPTIONS = dict(
-    tokens=[1, 8], encoder="efficientnet_lite0", encoder_image_size=64, inference_steps=2, guidance_scale=2.0,
-    use_amp=False,
+    tokens=[1, 8], encoder="efficientnet_lite0", encoder_image_size=64, inference_steps=2,
 )  # fmt: skip
 QUICK = "--n-images 5 --tokens 1,8 --inference-steps 2 --encoder efficientnet_lite0 --device cpu".split()
 
@@ -77,7 +77,11 @@ def test_every_part_of_an_evaluation_is_there(results):
     assert set(results["skipped"]) == {"lpips", "rfid"}
     alignment = results["alignment"]
     assert [row["layer"] for row in alignment["layers"]] == [0, 1, 2] and alignment["aligned_layers"] == [1]
-    assert -1 <= alignment["cosine"]["value"] <= 1 and alignment["cosine"]["n"] == 6 and 0 < alignment["constant"] <= 1
+    assert (
+        -1 <= alignment["cosine"]["value"] <= 1
+        and alignment["cosine"]["n"] == 6
+        and 0 < alignment["mean"] < alignment["constant"] <= 1
+    )
     assert results["codes"]["n"] == 6 and len(results["codes"]["used"]) == 8
     assert set(results["codes"]["silhouette"]) == {"1", "2", "4"}
     assert results["probes"]["n_train"] == 6 and "coffee" in results["probes"]["classes"]  # fitted to training crops
@@ -95,6 +99,50 @@ def test_psnr_is_that_of_the_pictures(evaluator, results):
     assert results["reconstruction"]["8"]["psnr"]["value"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_constants_are_the_best_that_ignore_the_image(evaluator, results):
+    module = evaluator.subject.repa_module(evaluator.device, "fp32")
+    module.load_encoder()
+    target = module.target_features(torch.stack([evaluator.images.dataset[i]["image"] for i in range(6)]))
+    unit = target / target.norm(dim=1, keepdim=True)
+    for name, best in (("constant", unit.mean(0, keepdim=True)), ("mean", unit.mean((0, 2, 3), keepdim=True))):
+        cosine = torch.cosine_similarity(best.expand_as(target), target, dim=1).mean().item()
+        assert results["alignment"][name] == pytest.approx(cosine, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given, measured, drawn",
+    [({}, 1.0, 7.5), ({"guidance_scale": 2.0}, 2.0, 2.0)],
+)
+def test_metrics_are_without_guidance_and_grids_with_the_pictures_unless_one_is_given(
+    run, tmp_path, monkeypatch, given, measured, drawn
+):
+    evaluator, scales = make_evaluator(run, tmp_path, n_images=2, tokens=[8], **given), []
+    decode = evaluator.model.decode
+
+    def note(data, guidance_scale, **sampler):
+        scales.append(guidance_scale)
+        return decode(data, guidance_scale=guidance_scale, **sampler)
+
+    monkeypatch.setattr(evaluator.model, "decode", note)
+    about = evaluator.run()["about"]
+    assert scales == [measured] + 4 * [drawn]  # one token count; four grids
+    assert (about["guidance_scale"], about["picture_guidance_scale"]) == (measured, drawn)
+
+
+def test_everything_is_in_fp32_unless_bf16_is_asked_for_and_parts_belong_to_a_precision(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("flextok.model.utils.repa_encoders.faster_in_bf16", lambda *_: True)
+    monkeypatch.setattr("flextok.utils.dtypes.computes_bf16", lambda *_: True)
+    settings = []
+    for changes, dtype in (({}, torch.float32), ({"precision": "bf16"}, torch.bfloat16)):
+        evaluator = make_evaluator(run, tmp_path, n_images=2, tokens=[8], **changes)
+        module = evaluator.subject.repa_module(evaluator.device, evaluator.options.precision)
+        assert evaluator.encoder.dtype == module.load_encoder().dtype == dtype
+        settings.append(evaluator.settings())
+        evaluator.run()
+        assert json.loads((tmp_path / "parts" / "settings.json").read_text()) == settings[-1]
+    assert [(one["device"], one["precision"]) for one in settings] == [("cpu", "fp32"), ("cpu", "bf16")]
+
+
 # -------------------------------------------------------------------------------------------------------- repeatability
 
 
@@ -105,6 +153,26 @@ def test_an_export_has_the_numbers_of_the_run_whatever_the_batch_size(run, resul
             assert exported["reconstruction"][k][name]["value"] == pytest.approx(measure["value"], rel=1e-4, abs=1e-3)
     assert exported["codes"] == results["codes"]
     assert exported["alignment"]["cosine"] is None and "alignment cosine" in exported["skipped"]
+
+
+@pytest.mark.parametrize("kind", ["config", "folder"])
+def test_an_image_has_the_same_draws_in_any_choice_of_images_and_batch_size(run, tmp_path, coloured, kind):
+    data = tmp_path / "images.yaml"
+    data.write_text(f"dataset_name: imagefolder\ndata_path: {coloured}\nval_fraction: 0.5\n")
+    data = str(data if kind == "config" else coloured)
+    changes = dict(data=data, tokens=[8], encoder="efficientnet_lite0")
+    whole = make_evaluator(run, tmp_path / "whole", n_images=None, **changes)
+    some = make_evaluator(run, tmp_path / "some", n_images=4, batch_size=3, **changes)
+    assert some.images.indices != list(range(4)) and max(some.images.indices) >= 4
+    whole.run(), some.run()
+    psnr = [json.loads((tmp_path / name / "parts/8.json").read_text())["value"]["psnr"] for name in ("whole", "some")]
+    assert psnr[1] == pytest.approx([psnr[0][i] for i in some.images.indices], abs=1e-3)
+
+
+def test_digits_are_a_random_choice():
+    images = load_images("digits", 16, 50)
+    assert len(images) == 50 and images.indices == sorted(images.indices) and max(images.indices) > 150
+    assert set(images.classes.values()) == set("0123456789") and len(images.train) == 1500
 
 
 def test_a_checkpoint_is_the_average_of_the_run_unless_raw_weights_are_asked_for(run):
@@ -159,11 +227,46 @@ def test_sub_folders_are_classes_and_probes_are_fitted_to_every_other_image(run,
     assert results["codes"]["silhouette_by"] == "classes"
 
 
+def test_images_without_a_class_are_left_out_of_probes_and_silhouette_alone(run, tmp_path, coloured):
+    shutil.copytree(coloured, tmp_path / "data")
+    shutil.copy(coloured / "red" / "0.png", tmp_path / "data" / "0.png")
+    results = make_evaluator(run, tmp_path, n_images=None, data=str(tmp_path / "data"), tokens=[8]).run()
+    probes = results["probes"]
+    assert probes["classes"] == ["blue", "green", "red"] and probes["n_train"] == probes["n_test"] == 9
+    assert probes["n_unlabelled"] == 1 and results["codes"]["n"] == 19
+    assert results["codes"]["silhouette_by"] == "classes, 18 of 19 images have one"
+    assert all(value is not None for value in results["codes"]["silhouette"].values())
+
+
+def test_labels_keep_their_value_however_large(run, tmp_path, coloured, monkeypatch):
+    paths = sorted(coloured.rglob("*.png"))
+    labels = [-1, *[7] * 5, *[999_999] * 12]
+
+    def build_datasets(config):
+        return tuple(ImageFolderDataset(paths, config.img_size, labels, ["zero"]) for _ in range(2))
+
+    monkeypatch.setattr(subjects, "build_datasets", build_datasets)
+    (tmp_path / "images.yaml").write_text("data_path: .\n")
+    data = str(tmp_path / "images.yaml")
+    results = make_evaluator(run, tmp_path, n_images=None, data=data, tokens=[8]).run()
+    assert results["probes"]["classes"] == ["7", "999999"] and results["probes"]["n_unlabelled"] == 1
+    assert results["probes"]["chance"] == pytest.approx(12 / 17)
+
+
+def test_folders_of_one_name_are_classes_of_their_own_in_natural_order(tmp_path, coloured):
+    for i, folder in enumerate(("day/10", "day/2", "night/2")):
+        shutil.copytree(coloured / "red", tmp_path / folder)
+        (tmp_path / folder / "0.png").rename(tmp_path / folder / f"{9 - i}.png")
+    images = load_images(str(tmp_path), 32, None)
+    assert images.classes == {0: "day/2", 1: "day/10", 2: "night/2"}
+    assert [images.labels.count(label) for label in images.classes] == [6, 6, 6]
+
+
 def test_a_config_file_names_its_validation_images_and_their_classes(tmp_path, coloured):
     file = tmp_path / "images.yaml"
     file.write_text(f"dataset_name: imagefolder\ndata_path: {coloured}\nval_fraction: 0.5\ncrop: random\n")
     images = load_images(str(file), 32, n_images=8)
-    assert len(images) == 8 and len(images.train) == 9 and images.classes == ["blue", "green", "red"]
+    assert len(images) == 8 and len(images.train) == 9 and list(images.classes.values()) == ["blue", "green", "red"]
     assert images.dataset.identity() != images.train.dataset.identity()
 
 
@@ -250,11 +353,12 @@ def test_an_ablation_trains_evaluates_and_reports_and_does_nothing_twice(tmp_pat
     def run_python(arguments, output, cost_file=None):
         """In this process."""
         if arguments[0] == "-m":
+            assert arguments[arguments.index("--device") + 1] == "cpu"  # chosen once for all arms
             command.main(arguments[2:])
         else:
             monkeypatch.setattr(sys, "argv", arguments)
             train_flextok.main(train_flextok.parse_arguments())
-            cost_file.write_text('{"seconds": 2.5, "peak_memory_bytes": 1000000}')
+            cost_file.write_text('{"seconds": 2.5}')
 
     monkeypatch.setattr(ablation, "run_python", run_python)
     monkeypatch.setattr(command, "write_report", lambda *_: None)
@@ -262,7 +366,8 @@ def test_an_ablation_trains_evaluates_and_reports_and_does_nothing_twice(tmp_pat
     config = tmp_path / "ablate.yaml"
     config.write_text(yaml.safe_dump(settings(num_epochs=1, photos_train_crops=8, photos_val_crops=2, use_repa=False)))
     out = tmp_path / "ablation"
-    options = "--n-images 4 --tokens 8 --inference-steps 1 --encoder efficientnet_lite0 --device cpu".split()
+    options = "--n-images 4 --tokens 8 --inference-steps 1 --encoder efficientnet_lite0".split()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments = ["--config", str(config), "--arms", "baseline,repa", "--output", str(out), *options]
     ablation.main(arguments)
     result = json.loads((out / "ablation.json").read_text())
@@ -270,6 +375,9 @@ def test_an_ablation_trains_evaluates_and_reports_and_does_nothing_twice(tmp_pat
     for arm in result["arms"]:
         (run,) = arm["runs"]
         assert run["seconds"] == 2.5 and run["curves"]["step"] == [1, 2]
+        records = read_metrics(out / arm["name"] / "seed0" / "run", timing=True)
+        peak = max(record.get("train/memory_gb", 0) for record in records)
+        assert run["peak_memory_bytes"] == pytest.approx(1e9 * peak) and peak > 0.05
         assert set(run["results"]["reconstruction"]) == {"vae", "8"}
         assert all((out / path).is_file() for path in run["grids"].values())
     losses = [arm["runs"][0]["curves"]["train/flow_loss"] for arm in result["arms"]]
@@ -277,6 +385,7 @@ def test_an_ablation_trains_evaluates_and_reports_and_does_nothing_twice(tmp_pat
     report = (out / "report.html").read_text()
     assert "baseline" in report and report.count("data:image/png;base64,") >= 6
     monkeypatch.setattr(ablation, "run_python", None)  # nothing is run again
+    monkeypatch.setattr(ablation, "try_evaluation", None)
     ablation.main(arguments)
     assert "repa" in capsys.readouterr().out
 
@@ -284,9 +393,32 @@ def test_an_ablation_trains_evaluates_and_reports_and_does_nothing_twice(tmp_pat
 def test_a_process_of_an_arm_has_a_cost_and_says_why_it_failed(tmp_path):
     ablation.run_python(["-c", "pass"], tmp_path / "log", tmp_path / "cost.json")
     cost = json.loads((tmp_path / "cost.json").read_text())
-    assert cost["seconds"] > 0 and cost["peak_memory_bytes"] > 1e6
+    assert cost["seconds"] > 0
     with pytest.raises(UserError, match="ended with 1: no such data"):
         ablation.run_python(["-c", "raise SystemExit('no such data')"], tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (["--tokens", "1,9"], UserError, "arm 'baseline': --tokens is .1, 9., but the model has 1 to 8 tokens"),
+        (["--data", "nowhere"], FileNotFoundError, "nowhere, which does not exist"),
+        (["--encoder-image-size", "-3"], UserError, "arm 'baseline': --encoder, --encoder-image-size: .* is -3, but"),
+        ([], RuntimeError, "a bug"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_found_before_any_arm_trains(tmp_path, monkeypatch, options, error, message):
+    def bug(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(ablation, "run_python", lambda *_: pytest.fail("an arm trains"))
+    monkeypatch.setattr(evaluate, "code_statistics", bug)
+    config = tmp_path / "ablate.yaml"
+    config.write_text(yaml.safe_dump(settings()))
+    arguments = ["--config", str(config), "--arms", "baseline,repa", "--output", str(tmp_path / "out"), *QUICK]
+    with pytest.raises(error, match=message):
+        ablation.main([*arguments, *options])
+    assert [path.name for path in tmp_path.iterdir()] == ["ablate.yaml"]
 
 
 def test_an_arm_with_a_bad_setting_is_refused_before_any_arm_trains(tmp_path):

@@ -57,10 +57,11 @@ def measure(value, low=None, high=None, n=40, **more):
 
 def results(**parts) -> dict:
     return {
-        "format": 1,
+        "format": 2,
         "about": {"checkpoint": "runs/a&b <new>", "model": "small", "data": "photos", "n_images": 40, "img_size": 64,
-                  "seed": 7, "inference_steps": 25, "guidance_scale": 7.5, "perform_norm_guidance": True,
-                  "encoder": "dinov2_vits14 at 224 px", "device": "cpu", "dtype": "fp32", "date": "2025-01-02",
+                  "seed": 7, "inference_steps": 25, "guidance_scale": 1.0, "picture_guidance_scale": 7.5,
+                  "perform_norm_guidance": True, "encoder": "dinov2_vits14 at 224 px", "device": "cuda (NVIDIA H100)",
+                  "precision": "fp32, products in TF32", "date": "2025-01-02",
                   "averaged_weights": True},
         "reconstruction": {
             "vae": {"psnr": measure(31.25, 30.5, 32.0), "rfid": measure(4.75)},
@@ -71,9 +72,10 @@ def results(**parts) -> dict:
         "skipped": {"lpips": "weights of AlexNet are missing"},
         "tokens_warning": None,
         "alignment": {"encoder": "dinov2_vits14", "cosine": measure(0.612, 0.601, 0.623), "constant": 0.374,
+                      "mean": 0.298,
                       "layers": [{"layer": 0, "cknna": 0.211}, {"layer": 1, "cknna": 0.342}], "k": 10, "n": 40,
                       "tokens_cknna": 0.157, "aligned_layers": [1]},
-        "probes": {"classes": ["cat", "dog"], "n_train": 61, "n_test": 23, "chance": 0.513,
+        "probes": {"classes": ["cat", "dog"], "n_train": 61, "n_test": 23, "n_unlabelled": 5, "chance": 0.513,
                    "features": {"decoder layer 1": {"knn": 0.715, "linear": 0.826},
                                 "tokens, first 1": {"knn": 0.637, "linear": 0.648}}},
         "codes": {"codebook_size": 64000, "n": 40, "used": [33, 38], "entropy_bits": [4.91, 5.22],
@@ -85,7 +87,7 @@ def results(**parts) -> dict:
     }  # fmt: skip
 
 
-NUMBERS = """14.21 13.91 14.51 22.87 17.03 31.25 95.50 35.25 60.12 4.75 0.612 0.601 0.623 0.374 0.157 71.5 82.6
+NUMBERS = """14.21 13.91 14.51 22.87 17.03 31.25 95.50 35.25 60.12 4.75 0.612 0.601 0.623 0.374 0.298 0.157 71.5 82.6
 63.7 64.8 51.3 61 23 67 64000 0.123""".split()
 
 
@@ -104,7 +106,7 @@ def run(seed=0, shift=0.0, **parts) -> dict:
 def ablation(baseline, other, **parts) -> dict:
     arms = [{"name": "baseline", "overrides": {}, "runs": baseline},
             {"name": "repa", "overrides": {"use_repa": True, "repa_layers": [1, 5]}, "runs": other}]  # fmt: skip
-    return {"format": 1, "config": "configs/a.yaml", "arms": arms, "notes": ["short runs"], **parts}
+    return {"format": 2, "config": "configs/a.yaml", "arms": arms, "notes": ["short runs"], **parts}
 
 
 def verdict(given: dict, name="PSNR, 16 tokens: ") -> str:
@@ -124,11 +126,13 @@ def page(tmp_path_factory) -> Page:
 
 def test_every_number_is_in_the_console_and_on_the_page(page):
     console = report.console_table(results())
-    for number in [*NUMBERS, "0.211", "0.342", "by classes"]:
+    for number in [*NUMBERS, "0.211", "0.342", "by classes", "guidance 1, 25 steps", "biased estimate",
+                   "5 test images without a class are left out"]:  # fmt: skip
         assert number in console, number
         assert number in page.text, number
-    for said in ("runs/a&b <new>", "small", "photos", "25", "7.5", "dinov2_vits14 at 224 px", "fp32", "2025-01-02",
-                 "seed 7",
+    for said in ("runs/a&b <new>", "small", "photos", "dinov2_vits14 at 224 px", "fp32, products in TF32", "2025-01-02",
+                 "cuda (NVIDIA H100)", "seed 7", "Drawn with guidance 7.5", "16 tokens, guidance 1, 25 steps",
+                 "It is the biased estimate", "Only what exceeds that is alignment",
                  "1 min 23 s", "1.65 GB", "too few images: 40", *"33 38 4.91 5.22 30.1 37.3".split()):  # fmt: skip
         assert said in page.text, said
     assert "PSNR [dB] ↑" in page.text and "rFID ↓" in page.text and "It favours blur" in page.text
@@ -161,11 +165,14 @@ def test_the_page_has_its_plots_and_loads_nothing_from_outside(page):
 def test_what_is_missing_is_named_numbers_that_are_not_known_are_dashes_and_a_warning_leads(tmp_path):
     given = results(
         probes=None,
+        cost={"seconds": 83.0, "peak_memory_bytes": None},
         tokens_warning="the tokens carry nothing: all images have the same code",
         reconstruction={count: {"psnr": measure(20.0, n=1)} for count in ("1", "16", "vae")},
     )
     given["skipped"]["probes"] = "the images have no classes"
-    given["alignment"].update(cosine=None, constant=None, tokens_cknna=None, layers=[{"layer": 0, "cknna": None}])
+    given["alignment"].update(
+        cosine=None, constant=None, mean=None, tokens_cknna=None, layers=[{"layer": 0, "cknna": None}]
+    )
     given["codes"].update(silhouette={"1": None})
     console, page = report.console_table(given), page_of(report.write_report, given, tmp_path)
     for text in (console, page.text):
@@ -174,9 +181,36 @@ def test_what_is_missing_is_named_numbers_that_are_not_known_are_dashes_and_a_wa
             assert said in text, said
         assert re.search(r"probes \(classes from frozen features\)\s+the images have no classes", text)
         assert not re.search(r"\b(nan|None)\b", text)
-    assert "cosine of a constant prediction  –" in console and "silhouette of the first 1 token  – " in console
+    assert (
+        re.search("the best constant at each position +–", console) and "silhouette of the first 1 token  – " in console
+    )
+    assert re.search(r"peak memory\s+–", page.text)
     assert page.html.index("carry nothing") < page.html.index("<h2>")
     assert page.plots == {"psnr", "used", "entropy_bits"}
+
+
+def test_a_metric_without_an_explanation_is_shown_by_its_name(tmp_path):
+    given, other = run(), run(0, 1.0)
+    for one in (given, other):
+        for row in one["results"]["reconstruction"].values():
+            row["dists"] = dict(row["psnr"])
+        for scores in one["results"]["probes"]["features"].values():
+            scores["attentive"] = 0.912
+    compared = ablation([given], [other])
+    for text in (
+        report.console_table(given["results"]),
+        page_of(report.write_report, given["results"], tmp_path).text,
+        ablation_report.console_table(compared),
+        page_of(ablation_report.write_ablation_report, compared, tmp_path).text,
+    ):
+        assert "dists" in text and "22.8700" in text and "attentive" in text and re.search(r"91\.2 %|0\.912", text)
+    seeds = ablation([run(0), run(1)], [run(0, 1.0), run(1, 1.0)])
+    for one in (one for arm in seeds["arms"] for one in arm["runs"]):
+        one["results"]["reconstruction"]["16"] = {
+            "psnr": measure(20.0),
+            "dists": one["results"]["reconstruction"]["16"]["psnr"],
+        }
+    assert "better is not known" in verdict(seeds, "dists, 16 tokens: ")
 
 
 # Arms against each other
@@ -207,6 +241,22 @@ def test_one_seed_never_says_better():
     assert "do not overlap: these two models differ, but another seed may not show it." in verdict(far)
 
 
+def test_names_of_arms_are_in_the_legends_as_they_were_given(tmp_path):
+    given = ablation([run()], [run(0, 1.0)])
+    names = ["_plain", "lr_$1e-3$_and_$2$"]
+    for arm, name in zip(given["arms"], names):
+        arm["name"] = name
+    page = page_of(ablation_report.write_ablation_report, given, tmp_path)
+    plots = re.findall(r"<svg.*?</svg>", page.html, flags=re.S)
+    assert len(plots) == len(page.plots) and all(f">{name}</text>" in plot for plot in plots for name in names)
+
+
+def test_memory_that_is_not_known_is_a_dash(tmp_path):
+    given = ablation([run(peak_memory_bytes=None)], [run(), run(1, peak_memory_bytes=None)])
+    baseline, repa = ablation_report.cost_table(given["arms"])[1:]
+    assert baseline[-2:] == ["–", "–"] and repa[-2:] == ["2.00 GB", "–"]
+
+
 def test_ablation_page_holds_the_numbers(tmp_path):
     given = ablation([run(0), run(1, 0.2)], [run(0, 1.0), run(1, 1.2)])
     given["arms"][1]["runs"][1]["results"]["skipped"] = {"cknna of tokens": "all the same"}
@@ -221,6 +271,9 @@ def test_ablation_page_holds_the_numbers(tmp_path):
     assert '<span class="good">repa better' in page.html
     for said in ("22.97 ± 0.14", "23.97 ± 0.14", "+1.00 ± 0.00", "82.6 ± 0.0", "use_repa=true, repa_layers=[1, 5]",
                  "2.00 GB", "1.00x", "1 min 40 s ± 0.7 s", "short runs", "too few images: 40 [all runs]",
+                 "40 images of photos, 64 px; reconstructions with guidance 1, 25 steps, pictures with guidance 7.5; "
+                 "encoder dinov2_vits14 at 224 px; fp32, products in TF32 on cuda (NVIDIA H100) [all runs]",
+                 "a cosine of 0.374 needs no look at the image: the best constant at each position (0.298: one",
                  "cknna of tokens: all the same [repa, seed 1]"):  # fmt: skip
         assert said in page.text and said in console, said
     assert page.text.count("seed 0") >= 4 and all(source.startswith("data:") for source in page.sources)

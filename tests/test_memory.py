@@ -2,6 +2,7 @@
 
 import os
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from processes import start
 from tiny_runs import draw_no_curves, run_main
 
 import train_flextok
+from flextok.utils.memory import PeakMemory
 
 
 def train_long(folder: Path) -> None:
@@ -42,3 +44,28 @@ def test_memory_does_not_grow_from_step_to_step(tmp_path):
     process.join()
     assert process.exitcode == 0
     assert float((tmp_path / "growth").read_text()) < 12  # MB
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures the memory as Linux tells it")
+def test_peak_memory_is_what_the_process_took_without_the_files_that_it_maps(tmp_path):
+    size = 200_000_000
+    (tmp_path / "cache").write_bytes(bytes(size))
+    peak = PeakMemory(torch.device("cpu"))
+    start = peak.read()
+    mapped = torch.from_file(str(tmp_path / "cache"), size=size, dtype=torch.uint8)
+    assert mapped.max() == 0  # every page of it is resident now
+    assert peak.read() - start < 0.2 * size
+    taken = torch.ones(size, dtype=torch.uint8)
+    deadline = time.monotonic() + 10
+    while peak._peak[0] - start < 0.9 * size and time.monotonic() < deadline:  # the thread looks without being asked
+        time.sleep(0.01)
+    del taken
+    assert 0.9 * size < peak.read() - start < 1.5 * size
+
+
+def test_peak_memory_is_that_of_the_gpu_and_unknown_where_the_system_does_not_tell(monkeypatch, tmp_path):
+    for name, value in (("init", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 123)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert PeakMemory(torch.device("cuda:0")).read() == 123
+    monkeypatch.setattr("flextok.utils.memory.STATM", tmp_path / "nothing")
+    assert PeakMemory(torch.device("cpu")).read() is None

@@ -656,7 +656,7 @@ def test_a_run_leaves_pictures_and_metrics_of_the_documented_names(finished):
     train = next(r for r in records if "train/loss" in r)
     assert set(train) == {"step"} | {
         f"train/{name}" for name in ("loss", "flow_loss", "repa_loss", "repa_weight", "lr", "grad_norm",
-                                     "images_per_second", "data_wait", "skipped_steps", "epoch", "step")
+                                     "images_per_second", "data_wait", "memory_gb", "skipped_steps", "epoch", "step")
     }  # fmt: skip
     assert {"val/loss", "val/flow_loss", "val/repa_loss"} <= {key for r in records for key in r}
 

@@ -32,7 +32,7 @@ SETTINGS = dict(
 
 photos.load_image = functools.cache(photos.load_image)  # ten large photographs, for each run anew
 
-TIMING = ("train/images_per_second", "train/data_wait")  # metrics that differ from run to run
+TIMING = ("train/images_per_second", "train/data_wait", "train/memory_gb")  # metrics that differ from run to run
 
 
 def draw_no_curves(patch=setattr) -> None:

@@ -25,14 +25,17 @@ def add_options(parser: argparse.ArgumentParser, data_required: bool = True) -> 
     parser.add_argument("--encoder-weights", metavar="FILE", help="its weights, for machines without network")
     parser.add_argument("--encoder-image-size", type=int, metavar="PX", help="side of its images (default: its own)")
     parser.add_argument("--inference-steps", type=int, metavar="N", help="sampler steps (default: the training's, 25)")
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help="default: the training's, else 7.5")
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help="of all reconstructions (default: metrics "
+                        "the training's psnr_guidance_scale, else 1; grids its guidance_scale, else 7.5)")  # fmt: skip
     parser.add_argument("--norm-guidance", action=argparse.BooleanOptionalAction, default=None,
                         help="adaptive projected guidance (default: the training's, else yes)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per pass (default: 16)")
     parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that load images")
     parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--fp32", action="store_false", dest="use_amp", help="no autocast")
+    parser.add_argument("--bf16", action="store_const", dest="precision", const="bf16", default="fp32",
+                        help="model (autocast) and encoder in bf16, else in fp32")  # fmt: skip
+    parser.add_argument("--fp32", action="store_const", dest="precision", const="fp32", help="the default")
 
 
 def options_of(arguments: argparse.Namespace) -> Options:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .comparison import KINDS, Row, comparison, verdict
 from .findings import (
+    DASH,
     METRICS,
     Metric,
     Value,
@@ -15,7 +16,10 @@ from .findings import (
     explained_keys,
     metric_keys,
     missing_parts,
+    number,
+    plain,
     rows_of,
+    sampling,
     size,
     tokens,
     union,
@@ -68,8 +72,9 @@ def final_rows(arms: list[dict], curves: list[str], keys: list[str], counts: lis
 
     rows.append(row_of(arms, "CKNNA, best decoder layer", METRICS["cknna"], best))
     rows.append(found(arms, "CKNNA, tokens", "cknna", "alignment", "tokens_cknna"))
-    for name in union(dig(one, "probes", "features") or {} for one in results):
-        for key in ("knn", "linear"):
+    probes = [dig(one, "probes", "features") or {} for one in results]
+    for name in union(probes):
+        for key in union(one.get(name, {}) for one in probes):
             rows.append(found(arms, f"{METRICS[key].label}, {name}", key, "probes", "features", name, key))
     rows.append(found(arms, "codes used at any position", "used", "codes", "used_overall"))
     for k in union(one["codes"]["silhouette"] for one in results):
@@ -95,15 +100,33 @@ def lines_of(arms: list[dict], read: Callable[[dict], Iterable[str]]) -> list[st
 def cost_table(arms: list[dict]) -> list[list[str]]:
     """Heading and rows: training time and peak memory of each arm, also relative to the first."""
     table = [["arm", "runs", "training time", "relative", "peak memory", "relative"]]
-    first: tuple[float, float] | None = None
+    first: tuple[float, int | None] | None = None
     for arm in arms:
         seconds = [run["seconds"] for run in arm["runs"]]
-        cost = (statistics.mean(seconds), max(run["peak_memory_bytes"] for run in arm["runs"]))
+        peaks = [run["peak_memory_bytes"] for run in arm["runs"] if run["peak_memory_bytes"] is not None]
+        cost = (statistics.mean(seconds), max(peaks, default=None))
         first = first or cost
         time = duration(cost[0]) + (f" ± {duration(statistics.stdev(seconds))}" if len(seconds) > 1 else "")
-        ratios = [f"{a / b:.2f}x" for a, b in zip(cost, first)]
+        ratios = [f"{a / b:.2f}x" if a and b else DASH for a, b in zip(cost, first)]
         table.append([arm["name"], str(len(seconds)), time, ratios[0], size(cost[1]), ratios[1]])
     return table
+
+
+def conditions(results: dict) -> list[str]:
+    """In a line each, what the numbers of an evaluation are of, and what its cosine is to be compared with."""
+    about, digits = results["about"], METRICS["cosine"].digits
+    lines = [
+        f"{about['n_images']} images of {about['data']}, {about['img_size']} px; reconstructions with "
+        f"{sampling(results)}, pictures with guidance {plain(about['picture_guidance_scale'])}; encoder "
+        f"{about['encoder']}; {about['precision']} on {about['device']}"
+    ]
+    constant, mean = (dig(results, "alignment", name) for name in ("constant", "mean"))
+    if constant is not None:
+        lines.append(
+            f"a cosine of {number(constant, digits)} needs no look at the image: the best constant at each position "
+            f"({number(mean, digits)}: one constant for all positions)"
+        )
+    return lines
 
 
 def findings_of(ablation: dict) -> dict:
@@ -136,6 +159,7 @@ def findings_of(ablation: dict) -> dict:
         "every": comparison(reconstruction_rows(arms, keys, counts), names),
         "verdicts": verdicts if len(names) > 1 else [],
         "cost": cost_table(arms),
+        "conditions": lines_of(arms, conditions),
         "warnings": lines_of(arms, warnings_of),
         "missing": lines_of(arms, lambda results: map(": ".join, missing_parts(results))),
     }
@@ -150,7 +174,7 @@ def write_ablation_report(ablation: dict, folder: Path) -> Path:
     """Draw the plots and write `folder`/report.html, one page that compares the arms with the first.
 
     Args:
-        ablation: Arms with their runs (format 1): overrides, results, curves, cost and pictures.
+        ablation: Arms with their runs (format 2): overrides, results, curves, cost and pictures.
         folder: Where the page goes; relative paths of pictures start here.
 
     Returns:

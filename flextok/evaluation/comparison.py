@@ -19,6 +19,7 @@ KINDS = {
     "worse": "worse",
     "same": "no difference shown",
     "open": "differs, but not shown beyond one seed",
+    "other": "differs, for better or worse",
     "missing": "not compared",
 }
 
@@ -80,6 +81,8 @@ def verdict(row: Row, i: int, names: Sequence[str]) -> tuple[str, str]:
     over = f"the spread over seeds (95 % interval of the difference {low} to {high}; {basis})"
     if abs(found.mean) <= found.margin:
         return "same", f"{names[i]} {text}, within {over}: no difference shown."
+    if not metric.better:
+        return "other", f"{names[i]} {text}, beyond {over}; whether that is better is not known."
     kind = "better" if side == metric.better else "worse"
     return kind, f"{names[i]} {kind}: {text}, beyond {over}."
 

@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import json
 import logging
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,14 +14,15 @@ from tqdm.auto import tqdm
 
 from ..data.batch import collate
 from ..data.loader import BatchLoader, BrokenFiles
-from ..model.utils.repa_encoders import FrozenEncoder, encoder_dtype
+from ..model.utils.repa_encoders import FrozenEncoder
 from ..model.utils.repa_loss import load_encoder, unit_target_sum
 from ..training.pictures import save_grid
 from ..training.token_use import tokens_warning
 from ..utils.config import ConfigError
-from ..utils.dtypes import autocast_dtype, faster_in_bf16, precision
+from ..utils.dtypes import DTYPES, precision
 from ..utils.errors import UserError
 from ..utils.files import write_atomically
+from ..utils.memory import PeakMemory
 from ..utils.modules import count_parameters, evaluating
 from ..utils.random import RANDOM_KEY, BatchRandom
 from . import metrics
@@ -32,7 +32,7 @@ from .tokens import code_statistics, first_tokens_silhouette
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 VAE = "vae"  # the row of the VAE's own reconstruction, which no token limits
 PICTURED = 4  # images in each grid
 PROBE_SIGMA = 0.5  # noise level at which the decoder's features are looked at, as in the REPA paper's figures
@@ -46,8 +46,10 @@ class Options:
     Attributes:
         tokens: Token counts; None: powers of two up to the model's number.
         encoder: For Frechet distance and CKNNA; None: dinov2_vitl14 if it can be had, else efficientnet_lite0.
-        guidance_scale, norm_guidance, inference_steps: Of the sampler; None: those of the training's pictures, or
-            7.5, APG, 25.
+        norm_guidance, inference_steps: Of the sampler; None: those of the training's pictures, or APG, 25.
+        guidance_scale: Of all reconstructions; None: 1 where they are measured (the training's `psnr_guidance_scale`),
+            and in grids that of the training's pictures, or 7.5.
+        precision: fp32 or bf16, of the model (by autocast) and of encoders.
     """
 
     tokens: list[int] | None = None
@@ -61,14 +63,14 @@ class Options:
     guidance_scale: float | None = None
     norm_guidance: bool | None = None
     device: str = "cpu"
-    use_amp: bool = True
+    precision: str = "fp32"
 
 
 class Evaluator:
     """One evaluation; `run()` gives its results and leaves them in a folder, from which a stopped one goes on.
 
-    Every random draw is a function of (seed, index of the image), whatever the batch size and the token count. Encoded
-    images are a dict of tensors on the CPU, one row per image.
+    Every random draw is a function of (seed, number of the image in its whole data set), whatever the batch size, the
+    token count and the choice of images. Encoded images are a dict of tensors on the CPU, one row per image of a set.
 
     Args:
         folder: Where results, parts and grids go.
@@ -77,9 +79,9 @@ class Evaluator:
     def __init__(self, subject: Subject, images: ImageSet, options: Options, folder: Path):
         self.subject, self.images, self.options, self.folder = subject, images, options, Path(folder)
         self.device = torch.device(options.device)
+        self.memory = PeakMemory(self.device)
         self.model = subject.model.to(self.device).eval()
-        faster = self.device.type == "cuda" or faster_in_bf16(self.device, 1024, 1024)
-        self.dtype = autocast_dtype(self.device) if options.use_amp and faster else None
+        self.dtype = DTYPES[options.precision]
         n_max = self.model.n_registers
         powers = [2**i for i in range(n_max.bit_length())]
         self.tokens = sorted(set(options.tokens or [*powers, n_max]))
@@ -89,9 +91,10 @@ class Evaluator:
         def choose(given, setting: str, default):
             return given if given is not None else getattr(subject.config, setting, default)
 
+        self.picture_guidance_scale = choose(options.guidance_scale, "guidance_scale", 7.5)
         self.sampler = dict(
             timesteps=choose(options.inference_steps, "inference_steps", 25),
-            guidance_scale=choose(options.guidance_scale, "guidance_scale", 7.5),
+            guidance_scale=choose(options.guidance_scale, "psnr_guidance_scale", 1.0),
             perform_norm_guidance=choose(options.norm_guidance, "perform_norm_guidance", True),
         )
         modules = dict(self.model.decoder.module_dict)
@@ -103,8 +106,8 @@ class Evaluator:
         self.inception = self.or_skip("rfid", metrics.load_inception)
 
     def load_encoder(self) -> FrozenEncoder:
-        options, dtype = self.options, encoder_dtype("auto", self.device)
-        arguments = dict(weights=options.encoder_weights, image_size=options.encoder_image_size, dtype=dtype)
+        options = self.options
+        arguments = dict(weights=options.encoder_weights, image_size=options.encoder_image_size, dtype=self.dtype)
         try:
             return load_encoder(options.encoder or "dinov2_vitl14", **arguments).to(self.device)
         except UserError as error:
@@ -113,7 +116,9 @@ class Evaluator:
             reason = str(error).splitlines()[0]
             log.warning("dinov2_vitl14 cannot be had (%s): %s is used instead", reason, FALLBACK_ENCODER)
             self.skipped["fd with dinov2_vitl14"] = f"{reason} {FALLBACK_ENCODER} is used instead."
-            return load_encoder(FALLBACK_ENCODER, dtype=dtype).to(self.device)
+            return load_encoder(FALLBACK_ENCODER, dtype=self.dtype).to(self.device)
+        except ValueError as error:
+            raise ConfigError(f"--encoder, --encoder-image-size: {error}") from error
 
     def or_skip(self, name: str, load: Callable):
         try:
@@ -156,7 +161,7 @@ class Evaluator:
                 "grids": self.save_grids(rows[str(self.tokens[-1])]["psnr"], encoded),
                 "cost": {
                     "seconds": time.perf_counter() - start,
-                    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    "peak_memory_bytes": self.memory.read(),
                 },
             }
         write_json(self.folder / "results.json", results)
@@ -164,7 +169,11 @@ class Evaluator:
 
     def settings(self) -> dict:
         """What the numbers depend on: an evaluation with others starts afresh."""
-        state = self.model.state_dict()
+        state, device, dtype = self.model.state_dict(), self.device.type, self.options.precision
+        if device == "cuda":
+            device = f"cuda ({torch.cuda.get_device_name(self.device)})"
+            if torch.get_float32_matmul_precision() != "highest" and self.dtype == torch.float32:
+                dtype = "fp32, products in TF32"
         return {
             "format": FORMAT,
             "checkpoint": self.subject.name,
@@ -175,20 +184,23 @@ class Evaluator:
             "img_size": self.subject.img_size,
             "seed": self.options.seed,
             "encoder": f"{self.encoder.name} at {self.encoder.image_size} px",
+            "encoder_weights": self.options.encoder_weights,
             "skipped": sorted(self.skipped),
-            "dtype": "fp32" if self.dtype is None else str(self.dtype).removeprefix("torch."),
-            **self.sampler,
+            "device": device,
+            "precision": dtype,
+            "inference_steps": self.sampler["timesteps"],
+            "guidance_scale": self.sampler["guidance_scale"],
+            "picture_guidance_scale": self.picture_guidance_scale,
+            "perform_norm_guidance": self.sampler["perform_norm_guidance"],
         }
 
     def about(self, settings: dict) -> dict:
         millions = [count_parameters(part) / 1e6 for part in (self.model.encoder, self.model.decoder)]
         return {
             **{key: value for key, value in settings.items() if key not in ("format", "weights", "images", "skipped")},
-            "inference_steps": self.sampler["timesteps"],
             "model": f"encoder {millions[0]:.1f} M, decoder {millions[1]:.1f} M parameters, "
             f"{self.model.n_registers} tokens of {self.model.regularizer.codebook_size} codes",
             "averaged_weights": self.subject.averaged,
-            "device": str(self.device),
             "date": datetime.date.today().isoformat(),
         }
 
@@ -207,41 +219,51 @@ class Evaluator:
     # ----------------------------------------------------------------------------------------------- reconstruction
 
     def batches(self, images: ImageSet, text: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(indices [B], images [B, 3, H, W] on the device) of a set, in order."""
+        """(rows [B] of a set, their images [B, 3, H, W] on the device), in order."""
         options = self.options
         loader = BatchLoader(images.dataset, options.batch_size, num_workers=options.num_workers, collate_fn=collate)
-        for batch in tqdm(loader, desc=text, unit="batch", leave=False, dynamic_ncols=True):
+        rows = torch.arange(len(images)).split(options.batch_size)
+        for batch, some in zip(tqdm(loader, desc=text, unit="batch", leave=False, dynamic_ncols=True), rows):
             self.broken.add(batch.broken)
-            yield batch.position, batch.images.to(self.device)
+            yield some, batch.images.to(self.device)
 
     def random(self, indices: torch.Tensor) -> BatchRandom:
-        return BatchRandom(self.options.seed, 0, indices.to(self.device), len(self.images))
+        """The draws of some images, by their numbers in the whole data set."""
+        return BatchRandom(self.options.seed, 0, indices.to(self.device))
 
     def encode(self, images: ImageSet) -> dict[str, torch.Tensor]:
-        """Latents [N, C, h, w], tokens [N, L] and quantised registers [N, L, c] of a set."""
+        """Latents [N, C, h, w], tokens [N, L], quantised registers [N, L, c] and numbers `index` [N] of a set."""
         vae, regularizer = self.model.vae, self.model.regularizer
-        latents, tokens, quants = [], [], []
-        for indices, batch in self.batches(images, "encode"):
+        index, latents, tokens, quants = torch.tensor(images.indices), [], [], []
+        for rows, batch in self.batches(images, "encode"):
             with precision(self.device, self.dtype):
-                data = self.model.encode({vae.images_read_key: batch, RANDOM_KEY: self.random(indices)})
+                data = self.model.encode({vae.images_read_key: batch, RANDOM_KEY: self.random(index[rows])})
             latents.append(data[vae.vae_latents_write_key].float().cpu())
             tokens.append(data[regularizer.tokens_write_key].cpu())
             quants.append(data[regularizer.quants_write_key].float().cpu())
-        return {"latents": torch.cat(latents), "tokens": torch.cat(tokens), "quants": torch.cat(quants)}
+        return {
+            "index": index, "latents": torch.cat(latents), "tokens": torch.cat(tokens), "quants": torch.cat(quants),
+        }  # fmt: skip
 
-    def decode(self, k, indices: torch.Tensor, encoded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images in [-1, 1] and latents from the first k tokens; from the latents themselves if k is VAE."""
+    def decode(self, k, rows: torch.Tensor, encoded: dict, **sampler) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images in [-1, 1] and latents from the first k tokens; from the latents themselves if k is VAE.
+
+        Args:
+            rows: Which of the encoded images.
+            sampler: What differs from the sampler of the measured reconstructions.
+        """
         vae, pipeline = self.model.vae, self.model.pipeline
-        latents = encoded["latents"][indices].to(self.device)
+        latents = encoded["latents"][rows].to(self.device)
         with precision(self.device, self.dtype):
             if k == VAE:
                 data = {**vae.decode({vae.vae_latents_read_key: latents}), pipeline.reconst_write_key: latents}
             else:
+                random = self.random(encoded["index"][rows])
                 data = {
-                    self.model.regularizer.tokens_write_key: encoded["tokens"][indices, :k],
-                    pipeline.noise_read_key: self.random(indices).normal("evaluation", latents.shape[1:]),
+                    self.model.regularizer.tokens_write_key: encoded["tokens"][rows, :k],
+                    pipeline.noise_read_key: random.normal("evaluation", latents.shape[1:]),
                 }
-                data = self.model.decode(data, **self.sampler)
+                data = self.model.decode(data, **{**self.sampler, **sampler})
         return data[vae.images_reconst_write_key].float().clamp(-1, 1), data[pipeline.reconst_write_key].float()
 
     def frechet_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -273,12 +295,12 @@ class Evaluator:
         per_image: dict[str, list] = {}
         for distance in self.frechet.values():
             distance.reset()  # of the last token count's reconstructions
-        for indices, images in self.batches(self.images, "VAE" if k == VAE else f"{k} tokens"):
-            reconstruction, latents = self.decode(k, indices, encoded)
+        for rows, images in self.batches(self.images, "VAE" if k == VAE else f"{k} tokens"):
+            reconstruction, latents = self.decode(k, rows, encoded)
             values = {
                 "psnr": metrics.psnr(reconstruction, images),
                 "ssim": metrics.ssim(reconstruction, images),
-                "latent_mse": metrics.latent_mse(latents, encoded["latents"][indices].to(self.device)),
+                "latent_mse": metrics.latent_mse(latents, encoded["latents"][rows].to(self.device)),
             }
             if self.lpips is not None:
                 values["lpips"] = self.lpips(reconstruction, images)
@@ -316,15 +338,15 @@ class Evaluator:
         finally:
             self.transformer.intermediate_layers = kept
 
-    def decoder_features(self, indices: torch.Tensor, encoded: dict) -> torch.Tensor:
+    def decoder_features(self, rows: torch.Tensor, encoded: dict) -> torch.Tensor:
         """Patch features of the layers that the decoder keeps, [B, h, w, layers * D], at noise level PROBE_SIGMA."""
         pipeline = self.model.pipeline
-        latents = encoded["latents"][indices].to(self.device)
-        noise = self.random(indices).normal("features", latents.shape[1:])
+        latents = encoded["latents"][rows].to(self.device)
+        noise = self.random(encoded["index"][rows]).normal("features", latents.shape[1:])
         data = {
-            pipeline.latents_read_key: encoded["quants"][indices].to(self.device),
+            pipeline.latents_read_key: encoded["quants"][rows].to(self.device),
             pipeline.noised_images_read_key: PROBE_SIGMA * noise + (1 - PROBE_SIGMA) * latents,
-            pipeline.timesteps_read_key: torch.full((len(indices),), PROBE_SIGMA, device=self.device),
+            pipeline.timesteps_read_key: torch.full((len(rows),), PROBE_SIGMA, device=self.device),
         }
         with precision(self.device, self.dtype):
             data = self.model.decoder(data)
@@ -334,9 +356,9 @@ class Evaluator:
         """Mean over positions of every decoder layer's features, [N, layers, D]; computed once for a set."""
         if "layers" not in encoded:
             pooled, depth = [], self.transformer.depth
-            indices = torch.arange(len(encoded["latents"])).split(self.options.batch_size)
+            rows = torch.arange(len(encoded["latents"])).split(self.options.batch_size)
             with self.keeping_layers(range(depth)):
-                for some in tqdm(indices, desc="decoder features", unit="batch", leave=False, dynamic_ncols=True):
+                for some in tqdm(rows, desc="decoder features", unit="batch", leave=False, dynamic_ncols=True):
                     features = self.decoder_features(some, encoded).mean(dim=(1, 2))
                     pooled.append(features.unflatten(1, (depth, -1)).cpu())
             encoded["layers"] = torch.cat(pooled)
@@ -349,8 +371,8 @@ class Evaluator:
             return None
         k = min(10, len(self.images) - 1)
         result = {
-            "encoder": self.encoder.name, "cosine": None, "constant": None, "layers": [], "k": k,
-            "n": len(self.images), "tokens_cknna": None, "aligned_layers": self.subject.aligned_layers,
+            "encoder": self.encoder.name, "cosine": None, "constant": None, "mean": None, "layers": [],
+            "k": k, "n": len(self.images), "tokens_cknna": None, "aligned_layers": self.subject.aligned_layers,
         }  # fmt: skip
         if k < 2:
             self.skipped["cknna"] = f"{len(self.images)} images are too few for neighbours"
@@ -359,7 +381,7 @@ class Evaluator:
                 value = self.cknna_or_skip(f"decoder layer {layer}", features, k)
                 result["layers"].append({"layer": layer, "cknna": value})
             result["tokens_cknna"] = self.cknna_or_skip("tokens", encoded["quants"].flatten(1), k)
-        module = self.subject.repa_module(self.device)
+        module = self.subject.repa_module(self.device, self.options.precision)
         if module is None:
             self.skipped["alignment cosine"] = "only a training checkpoint with REPA has the trained projector"
             return result
@@ -368,19 +390,21 @@ class Evaluator:
         except UserError as error:
             self.skipped["alignment cosine"] = str(error)
             return result
-        cosines, total, count = [], 0.0, 0
+        cosines, total = [], 0.0
         with self.keeping_layers(self.subject.aligned_layers):
-            for indices, images in self.batches(self.images, "alignment"):
+            for rows, images in self.batches(self.images, "alignment"):
                 target = module.target_features(images)
-                features = self.decoder_features(indices, encoded)
+                features = self.decoder_features(rows, encoded)
                 for i in range(len(images)):  # one by one: the confidence is over images
                     losses = module.layer_losses(features[i : i + 1], target[i : i + 1])
                     cosines.append(-torch.stack(losses).mean().cpu())
-                total, count = total + unit_target_sum(target).mean((1, 2)), count + len(target)
+                total = total + unit_target_sum(target)  # [C, H, W]
         result["projector_encoder"] = module.encoder_name
         result["cosine"] = metrics.mean_with_confidence(torch.stack(cosines))
-        # The best constant for these very images, a little more than any constant fitted elsewhere reaches.
-        result["constant"] = float((total / count).norm())
+        # What ignores the image reaches no more: with the best vector at each position, since a decoder knows its
+        # positions, or the best one for all. Of these very images: vectors fitted elsewhere reach a little less.
+        mean = total / len(self.images)
+        result["constant"], result["mean"] = float(mean.norm(dim=0).mean()), float(mean.mean((1, 2)).norm())
         return result
 
     def cknna_or_skip(self, name: str, features: torch.Tensor, k: int) -> float | None:
@@ -396,23 +420,32 @@ class Evaluator:
         if images.labels is None:
             self.skipped["probes"] = "the images have no classes (a folder needs a sub-folder for each)"
             return None
-        features, labels = self.probed_features(encoded), torch.tensor(images.labels)
+        labels = torch.tensor(images.labels)
         if images.train is not None:
-            train, train_labels = self.probed_features(self.encode(images.train)), torch.tensor(images.train.labels)
+            train, train_labels = self.encode(images.train), torch.tensor(images.train.labels)
+            fit_rows, test_rows = train_labels >= 0, labels >= 0
         else:  # every other image of each class, from its first on
-            fitted = torch.zeros(len(labels), dtype=torch.bool)
-            for label in labels.unique():
-                fitted[(labels == label).nonzero().flatten()[::2]] = True
-            train, train_labels = {name: values[fitted] for name, values in features.items()}, labels[fitted]
-            features, labels = {name: values[~fitted] for name, values in features.items()}, labels[~fitted]
-        if len(train_labels.unique()) < 2:
-            self.skipped["probes"] = f"{len(train_labels)} images are of one class"
+            train, train_labels, fit_rows = encoded, labels, torch.zeros(len(labels), dtype=torch.bool)
+            for label in images.classes:
+                fit_rows[(labels == label).nonzero().flatten()[::2]] = True
+            test_rows = (labels >= 0) & ~fit_rows
+        fit_y, test_y = train_labels[fit_rows], labels[test_rows]
+        if len(fit_y.unique()) < 2 or not len(test_y):
+            n_classes = len(fit_y.unique())
+            self.skipped["probes"] = (
+                f"{len(fit_y)} images of {n_classes} class{'es' * (n_classes != 1)} to fit to and {len(test_y)} to "
+                "test are too few"
+            )
             return None
-        names = tqdm(features, desc="probes", leave=False, dynamic_ncols=True)
+        fit_x, test_x = self.probed_features(train), self.probed_features(encoded)
+        accuracy = {
+            name: probe_accuracy(fit_x[name][fit_rows], fit_y, test_x[name][test_rows], test_y)
+            for name in tqdm(test_x, desc="probes", leave=False, dynamic_ncols=True)
+        }
         return {
-            "classes": images.classes, "n_train": len(train_labels), "n_test": len(labels),
-            "chance": labels.bincount().max().item() / len(labels),
-            "features": {name: probe_accuracy(train[name], train_labels, features[name], labels) for name in names},
+            "classes": list(images.classes.values()), "n_train": len(fit_y), "n_test": len(test_y),
+            "n_unlabelled": int((labels < 0).sum()), "features": accuracy,
+            "chance": test_y.unique(return_counts=True)[1].max().item() / len(test_y),
         }  # fmt: skip
 
     def probed_features(self, encoded: dict) -> dict[str, torch.Tensor]:
@@ -427,18 +460,23 @@ class Evaluator:
         return features
 
     def codes(self, encoded: dict) -> dict:
-        """Use of the codes, and how they group images."""
-        labels, codebook_size = self.images.labels, self.model.regularizer.codebook_size
+        """Use of the codes, and how they group images: those that have a class, if there are classes."""
+        n, labels, codebook_size = len(self.images), self.images.labels, self.model.regularizer.codebook_size
+        quants, by = encoded["quants"], "k-means"
+        if labels is not None:
+            rows = [row for row, label in enumerate(labels) if label >= 0]
+            quants, labels = quants[rows], [labels[row] for row in rows]
+            by = "classes" if len(rows) == n else f"classes, {len(rows)} of {n} images have one"
         return {
             "codebook_size": codebook_size,
-            "n": len(self.images),
+            "n": n,
             **code_statistics(encoded["tokens"], codebook_size),
             "silhouette": {
-                str(k): first_tokens_silhouette(encoded["quants"], k, labels, seed=self.options.seed)
+                str(k): first_tokens_silhouette(quants, k, labels, seed=self.options.seed)
                 for k in (1, 2, 4)
                 if k <= self.model.n_registers
             },
-            "silhouette_by": "classes" if labels is not None else "k-means",
+            "silhouette_by": by,
         }
 
     def save_grids(self, psnr: list[float], encoded: dict) -> dict[str, str]:
@@ -451,9 +489,10 @@ class Evaluator:
             "best": order[:n], "median": order[first : first + n], "worst": order[-n:], "first": torch.arange(n),
         }  # fmt: skip
         titles = ["VAE", *(f"{k} token{'s' if k > 1 else ''}" for k in self.tokens), "original"]
-        for name, indices in chosen.items():
-            originals = torch.stack([self.images.dataset[int(i)]["image"] for i in indices])
-            columns = [self.decode(k, indices, encoded)[0].cpu() for k in (VAE, *self.tokens)]
+        scale = self.picture_guidance_scale
+        for name, rows in chosen.items():
+            originals = torch.stack([self.images.dataset[int(row)]["image"] for row in rows])
+            columns = [self.decode(k, rows, encoded, guidance_scale=scale)[0].cpu() for k in (VAE, *self.tokens)]
             save_grid([*columns, originals], titles, self.folder / "grids" / f"{name}.png")
         return {name: f"grids/{name}.png" for name in chosen}
 

@@ -1,4 +1,4 @@
-"""What the results of an evaluation (format 1) say: metrics, values with their confidence, findings in words.
+"""What the results of an evaluation (format 2) say: metrics, values with their confidence, findings in words.
 
 Numbers that are not known (null) are shown as a dash, and parts that were not evaluated are named with the reason.
 """
@@ -34,7 +34,7 @@ class Metric:
     @property
     def sign(self) -> str:
         """Unit and direction of better, e.g. ` [dB] ↑`."""
-        return (f" [{self.unit}]" if self.unit else "") + {"higher": " ↑", "lower": " ↓"}[self.better]
+        return (f" [{self.unit}]" if self.unit else "") + {"higher": " ↑", "lower": " ↓", "": ""}[self.better]
 
     def show(self, value: float | None, unit: bool = False) -> str:
         """The value as text, with its unit if asked for; `lossless` where a reconstruction is."""
@@ -43,8 +43,15 @@ class Metric:
         return f"{number(value, self.digits)} {self.unit if unit else ''}".strip()
 
 
+class Glossary(dict[str, Metric]):
+    """Metrics by name, in the order of reports; one without an entry is shown by its name."""
+
+    def __missing__(self, name: str) -> Metric:
+        return Metric(name, part="")
+
+
 GLOSSARY = yaml.safe_load((TEMPLATES / "glossary.yaml").read_text("utf-8"))
-METRICS = {key: Metric(**fields) for key, fields in GLOSSARY.items()}
+METRICS = Glossary({key: Metric(**fields) for key, fields in GLOSSARY.items()})
 
 
 class Value(NamedTuple):
@@ -111,9 +118,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def size(n_bytes: float) -> str:
-    """Bytes in GB (powers of ten)."""
-    return f"{number(n_bytes / 1e9)} GB"
+def size(n_bytes: float | None) -> str:
+    """Bytes in GB (powers of ten), a dash where they are not known."""
+    return DASH if n_bytes is None else f"{number(n_bytes / 1e9)} GB"
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -127,6 +134,8 @@ def plain(value) -> str:
         return ", ".join(map(plain, value)) or DASH
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
     return DASH if value is None else str(value)
 
 
@@ -152,9 +161,15 @@ def rows_of(results: dict) -> dict[str, dict]:
 
 
 def metric_keys(results: dict) -> list[str]:
-    """The reconstruction metrics of any token count, in the glossary's order."""
+    """The reconstruction metrics of any token count, in the glossary's order; those that it does not have follow."""
     found = union(rows_of(results).values())
-    return [key for key in METRICS if key in found]
+    return union([[key for key in METRICS if key in found], found])
+
+
+def sampling(results: dict) -> str:
+    """How the reconstructions were drawn that metrics are of, e.g. `guidance 1, 25 steps`."""
+    about = results["about"]
+    return f"guidance {plain(about['guidance_scale'])}, {about['inference_steps']} steps"
 
 
 def explained_keys(results: dict) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from scipy.ndimage import uniform_filter1d
@@ -41,17 +42,18 @@ def draw(
     """
     axis = Figure().subplots()
     axis.set(title=title, xlabel=axes[0], ylabel=axes[1])
+    named: dict[str, Artist] = {}  # the legend, not by `label=`: matplotlib leaves out names that begin with `_`
     for i, (label, points) in enumerate(lines.items()):
         for single in (thin or {}).get(label, []):
             axis.plot(list(single), list(single.values()), color=f"C{i}", linewidth=0.5, alpha=0.4)
         if points:
             x, (y, low, high) = list(points), np.array(list(points.values()), dtype=float).T
             marker = MARKERS[i % len(MARKERS)] if len(x) <= 40 else ""
-            axis.plot(x, y, color=f"C{i}", marker=marker, linestyle=LINES[i % len(LINES)], label=label or None)
+            (named[label],) = axis.plot(x, y, color=f"C{i}", marker=marker, linestyle=LINES[i % len(LINES)])
             axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
             axis.vlines(x, low, high, color=f"C{i}", alpha=0.4)
     for layer in aligned:
-        axis.axvline(layer, color="C1", linestyle=":", label="aligned in training" if layer == aligned[0] else None)
+        named["aligned in training"] = axis.axvline(layer, color="C1", linestyle=":")
 
     # y spans at least the metric's span, else a tenth of the values
     low, high = axis.dataLim.intervaly
@@ -80,19 +82,22 @@ def draw(
         low, high = axis.get_ylim()
         style = {"color": INK, "linestyle": "--", "linewidth": 1.2}
         if height < metric.lossless and abs(height - (low + high) / 2) <= 4.5 * (high - low):
-            axis.axhline(height, label=label, **style)
+            named[label] = axis.axhline(height, **style)
             margin = 0.05 * (high - low)
             axis.set_ylim(min(low, height - margin), max(high, height + margin))
         else:
             where = "" if height >= metric.lossless else ", off this axis"
-            axis.plot([], [], label=f"{label}: {metric.show(height)}{where}", **style)
+            (named[f"{label}: {metric.show(height)}{where}"],) = axis.plot([], [], **style)
             axis.set_ylim(low, high)
     axis.set_ylim(bottom=0 if from_zero else None)
 
-    figure, (handles, labels) = axis.figure, axis.get_legend_handles_labels()
-    if handles:
-        columns = 1 if max(map(len, labels)) > 24 else min(3, len(labels))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    figure = axis.figure
+    named.pop("", None)  # of an evaluation alone
+    if named:
+        columns = 1 if max(map(len, named)) > 24 else min(3, len(named))
+        legend = figure.legend(named.values(), ["?"] * len(named), loc="outside lower center", ncols=columns)
+        for text, name in zip(legend.get_texts(), named):
+            text.set_text(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
     figure.set_layout_engine("none")  # as it is

@@ -1,4 +1,4 @@
-"""What people look at: console tables and one self-contained HTML page from the results of an evaluation (format 1)."""
+"""What people look at: console tables and one self-contained HTML page from the results of an evaluation (format 2)."""
 
 import base64
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from .findings import (
     percent,
     plain,
     reconstruction_table,
+    sampling,
     size,
     tokens,
     warnings_of,
@@ -75,6 +76,7 @@ def findings_of(results: dict) -> dict:
         "results": results,
         "about": results["about"],
         "headline": headline(results),
+        "sampling": sampling(results),
         "table": reconstruction_table(results),
         "warnings": warnings_of(results),
         "missing": missing_parts(results),
@@ -90,7 +92,7 @@ def write_report(results: dict, folder: Path) -> Path:
     """Draw the plots and write `folder`/report.html, one page with everything in it.
 
     Args:
-        results: What the evaluation found (format 1).
+        results: What the evaluation found (format 2).
         folder: Where the results lie; the grids' paths are relative to it.
 
     Returns:

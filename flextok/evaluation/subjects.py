@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from ..data.digits import Digits
 from ..data.images import ImageDataset, ImageFolderDataset, digest, list_images
@@ -40,11 +40,12 @@ class Subject:
         """Side in pixels of the images that the model was built for."""
         return self.model.pipeline.default_size()[0] * self.model.vae.downsample_factor
 
-    def repa_module(self, device: torch.device) -> nn.Module | None:
-        """The REPA module that it was trained with, its encoder not loaded yet; None if there is none."""
+    def repa_module(self, device: torch.device, dtype: str) -> nn.Module | None:
+        """The REPA module that it was trained with, its encoder, not loaded yet, in `dtype`; None if there is none."""
         if self.projector_state is None:
             return None
-        module = build_repa_module(self.config, self.model, device)
+        config = self.config.model_copy(update={"repa_encoder_dtype": dtype})
+        module = build_repa_module(config, self.model, device)
         module.load_state_dict(self.projector_state)
         return module
 
@@ -95,62 +96,60 @@ def load_subject(checkpoint: str, averaged: bool = True, option: str = "--checkp
         ) from error
 
 
+class Part(Subset):
+    """Some images of a dataset; `indices` are their numbers in it."""
+
+    def identity(self) -> str:
+        return digest([self.dataset.identity(), *map(str, self.indices)])
+
+
 @dataclasses.dataclass
 class ImageSet:
-    """Images to evaluate on, with class labels where there are classes."""
+    """Images to evaluate on, with class labels where there are classes.
+
+    An image is addressed by its row in this set, its random draws by its number in the whole data set (`indices`).
+    """
 
     name: str
-    dataset: Dataset
-    labels: list[int] | None = None  # per image
-    classes: list[str] | None = None
+    dataset: Part
+    labels: list[int] | None = None  # per image, -1 for none
+    classes: dict[int, str] | None = None  # names by label, of those that occur
     train: Optional["ImageSet"] = None  # other images of the same classes, to fit probes to
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def indices(self) -> list[int]:
+        return list(self.dataset.indices)
 
-def load_images(data: str, img_size: int, n_images: int | None) -> ImageSet:
+
+def load_images(data: str, img_size: int, n_images: int | None, n_train: int = N_PROBE_IMAGES) -> ImageSet:
     """The images of a folder, scikit-learn's validation digits, crops of the photographs that wheels carry, or those on
     which a config file (FILE.yaml) validates, whatever their source.
 
-    Classes are a folder's sub-folders (of at least two, with two images or more each), digits or photographs. Probes
-    are fitted to training digits or photographs; of a folder to every other image of each class.
+    Classes are the folders in a folder, digits or photographs. Probes are fitted to training digits or photographs; of
+    a folder to every other image of each class.
 
     Args:
-        n_images: At most so many, a random choice that is the same each time; None: all (`photos`: 256).
+        n_images: At most so many, a random choice that is the same each time; None: all (`photos`: 256). Of `photos`
+            so many crops, each drawn at random.
+        n_train: Of the images that probes are fitted to.
     """
     if data == "digits":
-        test, train = (_digits(split, img_size, n) for split, n in (("val", n_images), ("train", None)))
-        return dataclasses.replace(test, train=train)
-    if data == "photos":
-        test, train = (_photos(split, img_size, n_images or 256) for split in ("val", "train"))
-        return dataclasses.replace(test, train=train)
-    if data.endswith(".yaml"):
+        test, train = (_of(data, Digits(split, img_size), n) for split, n in (("val", n_images), ("train", n_train)))
+    elif data == "photos":
+        n = n_images or 256
+        test, train = _photos("val", img_size, n), _photos("train", img_size, min(n, n_train))
+    elif data.endswith(".yaml"):
         config = load_config(data)
-        train, val = build_datasets(config.model_copy(update={"img_size": img_size, "crop": fixed_crop(config.crop)}))
+        fit, val = build_datasets(config.model_copy(update={"img_size": img_size, "crop": fixed_crop(config.crop)}))
         if val is None:
             raise ConfigError(f"--data: {data} keeps no images for validation: set val_fraction or val_path")
-        test, fit = _of(data, val, n_images), _of(data, train, N_PROBE_IMAGES)
-        if test.labels is None or fit.labels is None:
-            return dataclasses.replace(test, labels=None, classes=None)
-        return dataclasses.replace(test, train=fit)
-    paths = list_images(data)
-    if n_images is not None and n_images < len(paths):
-        chosen = torch.randperm(len(paths), generator=generator(0, "evaluation images"))[:n_images]
-        paths = [paths[i] for i in sorted(chosen.tolist())]
-    images = ImageSet(data, ImageFolderDataset(paths, img_size))
-    names = [path.parent.name for path in paths]
-    classes = sorted(set(names))
-    if len(classes) > 1 and min(map(names.count, classes)) >= 2:
-        images.classes, images.labels = classes, [classes.index(name) for name in names]
-    return images
-
-
-class Part(Subset):
-    """Some images of a dataset."""
-
-    def identity(self) -> str:
-        return digest([self.dataset.identity(), *map(str, self.indices)])
+        test, train = _of(data, val, n_images), _of(data, fit, n_train)
+    else:
+        return _of(data, _folder(data, img_size), n_images)
+    return test if train.labels is None else dataclasses.replace(test, train=train)
 
 
 def fixed_crop(crop: str) -> str:
@@ -158,25 +157,43 @@ def fixed_crop(crop: str) -> str:
     return "center" if crop.startswith("random") else crop
 
 
-def _of(data: str, dataset: ImageDataset, n: int | None) -> ImageSet:
-    """The first images of a dataset, at most n, a random choice that is the same each time, with their classes."""
+def _of(name: str, dataset: ImageDataset, n: int | None) -> ImageSet:
+    """At most n images of a dataset, a random choice that is the same each time, with their classes."""
     indices = list(range(len(dataset)))
     if n is not None and n < len(dataset):
         indices = sorted(torch.randperm(len(dataset), generator=generator(0, "evaluation images"))[:n].tolist())
-    labels = [dataset.label(i) for i in indices]
-    if dataset.classes is None or None in labels:
-        return ImageSet(data, Part(dataset, indices))
-    return ImageSet(data, Part(dataset, indices), labels, list(dataset.classes))
+    labels = [-1 if (label := dataset.label(i)) is None else label for i in indices]
+    found = sorted(set(labels) - {-1})
+    if dataset.classes is None or not found:
+        return ImageSet(name, Part(dataset, indices))
+    return ImageSet(name, Part(dataset, indices), labels, {label: class_name(dataset, label) for label in found})
 
 
-def _digits(split: str, img_size: int, n: int | None) -> ImageSet:
-    dataset = Digits(split, img_size)
-    dataset.pixels, dataset.names = dataset.pixels[:n], dataset.names[:n]
-    return ImageSet("digits", dataset, dataset.labels[:n], dataset.classes)
+def class_name(dataset: ImageDataset, label: int) -> str:
+    """The name of a class; of one beyond those that have names, the number that it has in the data."""
+    names = dataset.classes if isinstance(dataset.classes, dict) else dict(enumerate(dataset.classes))
+    return str(names.get(label, label))
+
+
+def _folder(data: str, img_size: int) -> ImageFolderDataset:
+    """The images of a folder; those of a folder in it are a class, those beside such folders have none."""
+    dataset = ImageFolderDataset(list_images(data), img_size)
+    folders = [Path(name).parent.as_posix() for name in dataset.names]
+    classes = sorted(set(folders) - {"."}, key=_natural)
+    if len(classes) > 1:
+        numbers = {name: i for i, name in enumerate(classes)}
+        dataset.classes, dataset.labels = classes, [numbers.get(name, -1) for name in folders]
+    return dataset
+
+
+def _natural(name: str) -> list:
+    """A key by which 2 comes before 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _photos(split: str, img_size: int, n: int) -> ImageSet:
     dataset = PhotoCrops(split, img_size, n)
-    names = [name.split("@")[0] for name in dataset.names]
-    classes = sorted(set(names))
-    return ImageSet("photos", dataset, [classes.index(name) for name in names], classes)
+    photos = [name.split("@")[0] for name in dataset.names]
+    dataset.classes = sorted(set(photos))
+    dataset.labels = [dataset.classes.index(name) for name in photos]
+    return _of("photos", dataset, None)
