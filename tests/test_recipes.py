@@ -23,6 +23,8 @@ TOY |= dict(use_wandb=False, num_epochs=1, warmup_steps=1, use_amp=False, infere
 SMALLER = dict(
     img_size=lambda size: size // 8, batch_size=lambda n: 2, global_batch_size=lambda n: 4, max_steps=lambda n: 4,
     decay_steps=lambda n: 2, model=lambda model: SETTINGS["model"], repa_stop=lambda n: 3,
+    repa_warmup_steps=lambda n: 1, repa_cooldown_steps=lambda n: 1, repa_image_size=lambda size: TOY["repa_image_size"],
+    repa_encoder_type=lambda name: TOY["repa_encoder_type"], cache_latents=lambda _: False,  # of `vae: pixel`
 )  # fmt: skip
 
 
@@ -35,7 +37,7 @@ def published(tmp_path_factory):
 
 
 def test_the_recipes_are_found():
-    assert len(RECIPES) == 5
+    assert len(RECIPES) == 9
 
 
 @pytest.mark.parametrize("title", RECIPES)
@@ -58,6 +60,7 @@ def test_a_recipe_runs_at_toy_size(tmp_path, published, title):
         toy["best_metric"] = "val/psnr_k8"  # of the small model's 8 tokens
     before = {path: path.read_bytes() for path in published.iterdir()}
     settings = {**TOY, "model": None, "use_repa": False, "readout_weight": None, **toy}
+    settings["cache_dir"] = str(tmp_path / "cache")
     overrides = [f"max_steps={settings.pop('max_steps', 4)}"]
     run_main(tmp_path, run_dir=tmp_path / "run", overrides=overrides, **settings)
     losses = [record["train/loss"] for record in read_metrics(tmp_path / "run") if "train/loss" in record]
