@@ -32,9 +32,9 @@ from .utils.random import BatchRandom
 PARTS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-# Constructor arguments that the published package lacks, by part. A saved model has them in a file of their own, so that
-# config.json and the weights' header hold nothing that the published constructors would refuse, and that package, which
-# asks for those two files alone, never sees them. Without the file the model samples in steps of equal size.
+# Constructor arguments that the published package lacks, by part. A saved model has them in a file of their own: the
+# published package reads config.json and the weights' header and builds all that is in them, so nothing may be there
+# that its constructors refuse; other files it does not ask for. Without this file a model samples in equal steps.
 FLOW_NAME = "flow.json"
 FLOW_ARGUMENTS = {"flow_matching_noise_module": ("ln_mean", "ln_std", "shift"), "pipeline": ("shift",)}
 

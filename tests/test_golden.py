@@ -127,10 +127,8 @@ def test_samplers_give_the_recorded_latents(model, recorded, reference, monkeypa
     monkeypatch.setattr(model.vae, "decode", lambda data_dict: data_dict)
     keep_k = recorded["eval_keep_k"].tolist()
     data_dict = model.decode(
-        {
-            "tokens": [row[None, :k] for row, k in zip(recorded["tokens"], keep_k)],
-            "flow_noise": pack(recorded["flow_noise"], container),
-        },
+        {"tokens": [row[None, :k] for row, k in zip(recorded["tokens"], keep_k)]},
+        noise=pack(recorded["flow_noise"], container),
         timesteps=reference["sampling"]["timesteps"],
         guidance_scale=1.0 if sampler == "plain" else reference["sampling"]["guidance_scale"],
         perform_norm_guidance=sampler == "apg",

@@ -44,7 +44,7 @@ class MinRFPipeline:
 
     Args:
         model: The decoder: predicts the velocity (noise - clean).
-        noise_read_key: Start noise [B, C, h, w], if the data_dict has it; None: it is an argument of the call, or drawn.
+        noise_read_key: Start noise [B, C, h, w], if the data_dict has it; else it is given in the call, or drawn.
         target_sizes_read_key: Sizes of the latents, (h, w) per image; None: the `vae_image_sizes` of the call.
         latents_read_key: The condition; gives the number of images.
         timesteps_read_key, noised_images_read_key, reconst_write_key: Where the decoder reads t and x_t, and writes
@@ -125,7 +125,7 @@ class MinRFPipeline:
             guidance_scale: g, or a function of t; 1 means no guidance and one decoder pass a step instead of two.
             perform_norm_guidance: APG instead of classifier-free guidance.
             verbose: Show a progress bar.
-            noise: Start noise [B, C, h, w], or a list of [1, C, h, w]; None: what noise_read_key names, else it is drawn.
+            noise: Start noise [B, C, h, w], or a list of [1, C, h, w]; None: what noise_read_key names, or drawn.
         """
         if timesteps < 1:
             raise ValueError(f"timesteps is {timesteps}, expected at least 1")

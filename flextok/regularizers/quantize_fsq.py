@@ -20,7 +20,8 @@ class FSQ(nn.Module):
         levels: Number of values per channel, at least 2 each, with a product below 2^63.
         drop_quant_p: In training, probability that an image's latents are left unquantised.
         corrupt_tokens_p, min_corrupt_tokens_p: In training, a corrupted image has each code replaced, with a
-            probability drawn uniformly between the two (the smaller is by default the other), by a code drawn uniformly from the codebook.
+            probability drawn uniformly between the two, by a code drawn uniformly from the codebook. The second is by
+            default the first.
         apply_corrupt_tokens_p: Probability that an image is corrupted (if corrupt_tokens_p > 0).
         packed_call: Accepted and without effect: batches are dense here.
     """
