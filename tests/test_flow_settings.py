@@ -10,6 +10,7 @@ from test_modules import assert_uniform, draw_sigmas, normal_cdf_of_logit
 from tiny_runs import make_trainer, same, settings
 
 from flextok import FlexTokFromHub
+from flextok.evaluation.subjects import load_subject
 from flextok.flextok_wrapper import PARTS, load_model_from_safetensors
 from flextok.flextok_wrapper import WEIGHTS_NAME as WEIGHTS
 from flextok.model.builder import build_config, with_flow, with_fsq_levels
@@ -113,6 +114,8 @@ def test_a_run_of_a_published_model_trains_with_them_and_its_export_holds_them(t
     trainer.train(max_steps=1)
     exported = FlexTokFromHub.from_pretrained(tmp_path / "run" / "export")
     assert exported.config == with_flow(original.config, **FLOW) and exported.pipeline.shift == 2.0
+    for place in ("export", "export/model.safetensors", "."):  # the last: its checkpoint
+        assert load_subject(str(tmp_path / "run" / place)).model.config == exported.config
 
 
 # What the published constructors take (`load_weights` and the classes that are ours alone are not among it).

@@ -101,9 +101,10 @@ def test_kl_is_that_of_a_diagonal_normal_in_nats_per_image(make_vae, diffusers_v
     posterior = diffusers_vae.encode(images).latent_dist
     mean, variance = posterior.mean.double(), posterior.logvar.double().exp()
     expected = (0.5 * (mean**2 + variance - 1 - variance.log())).sum((1, 2, 3)).mean()
-    kl = make_vae(frozen=False).encode({"rgb": images})["vae_kl_loss"]
-    assert kl.dtype == torch.float32 and kl.ndim == 0
-    assert kl.item() == pytest.approx(expected.item(), rel=1e-4)
+    for given in (images, list(images.split(1))):
+        kl = make_vae(frozen=False).encode({"rgb": given})["vae_kl_loss"]
+        assert kl.dtype == torch.float32 and kl.ndim == 0
+        assert kl.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("override, autocast", [("fp32", True), (None, True), ("bf16", False)])
