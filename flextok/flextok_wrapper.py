@@ -341,8 +341,10 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
             flow[part] = {name: value for name, value in config[part].items() if name in names}
             config[part] = {name: value for name, value in config[part].items() if name not in names}
         save_safetensors(state_dict, Path(save_directory) / WEIGHTS_NAME, config)
-        (Path(save_directory) / FLOW_NAME).unlink(missing_ok=True)  # of a model that was saved here before
-        contents = {CONFIG_NAME: config, **({FLOW_NAME: flow} if any(flow.values()) else {})}
+        contents = {FLOW_NAME: flow, CONFIG_NAME: config}
+        if not any(flow.values()):
+            del contents[FLOW_NAME]
+            (Path(save_directory) / FLOW_NAME).unlink(missing_ok=True)  # of a model that was saved here before
         for name, content in contents.items():
             text = json.dumps(content, indent=2)
             write_atomically(Path(save_directory) / name, lambda path, text=text: path.write_text(text))
