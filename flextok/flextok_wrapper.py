@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from .flow_matching.pipelines import Sizes
 from .utils.batching import dense_batches
@@ -22,7 +23,7 @@ from .utils.checkpoint import (
     load_weights,
     save_safetensors,
 )
-from .utils.config import ConfigError, instantiate
+from .utils.config import ConfigError, instantiate, shown
 from .utils.files import write_atomically
 from .utils.modules import evaluating
 from .utils.plain import read_json_object
@@ -31,6 +32,11 @@ from .utils.random import BatchRandom
 PARTS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+# Constructor arguments that the published package lacks, by part. A saved model has them in a file of their own: the
+# published package reads config.json and the weights' header and builds all that is in them, so nothing may be there
+# that its constructors refuse; other files it does not ask for. Without this file a model samples in equal steps.
+FLOW_NAME = "flow.json"
+FLOW_ARGUMENTS = {"flow_matching_noise_module": ("ln_mean", "ln_std", "shift"), "pipeline": ("shift",)}
 
 
 def flat_config(config: dict) -> dict:
@@ -41,6 +47,25 @@ def flat_config(config: dict) -> dict:
     if missing:
         raise ConfigError(f"config: {', '.join(missing)} missing; a FlexTok config is a dict of {', '.join(PARTS)}")
     return {part: config[part] for part in PARTS}
+
+
+def saved_config(config: dict, flow_file: Path | None) -> dict:
+    """The parts of a saved config, with the arguments that FLOW_NAME beside it holds; raises ConfigError."""
+    config = flat_config(config)
+    arguments = read_json_object(flow_file) if flow_file is not None and flow_file.is_file() else {}
+    for part, given in arguments.items():
+        if part not in FLOW_ARGUMENTS or not isinstance(given, dict) or not given.keys() <= set(FLOW_ARGUMENTS[part]):
+            raise ConfigError(f"{flow_file} has {shown({part: given})}, expected arguments as in {FLOW_ARGUMENTS}")
+        config[part] = {**config[part], **given}
+    return config
+
+
+def hub_flow_file(name: str, **download) -> Path | None:
+    """FLOW_NAME of a model on the Hub, None if it has none; `download` as those of hf_hub_download."""
+    try:
+        return Path(hf_hub_download(name, FLOW_NAME, **download))
+    except EntryNotFoundError:
+        return None
 
 
 def weights_file(folder: Path) -> Path:
@@ -139,10 +164,12 @@ class FlexTok(nn.Module):
         verbose: bool = False,
         guidance_scale: float | Callable[[float], float] = 1.0,
         perform_norm_guidance: bool = False,
+        noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
     ) -> dict:
         """Quantised registers [B, L, c], or tokens [B, l] if there are none, to latents [B, C, h, w] and images.
 
-        The arguments are those of MinRFPipeline.
+        The arguments are those of MinRFPipeline. Start noise in the data_dict is used, under the pipeline's key for it,
+        or that of the noise module.
 
         Raises:
             KeyError: Neither registers nor tokens.
@@ -150,8 +177,10 @@ class FlexTok(nn.Module):
         """
         if self.regularizer.quants_write_key not in data_dict:
             self._quants_from_tokens(data_dict)
+        if noise is None and self.pipeline.noise_read_key is None:  # as the training pass names it
+            noise = data_dict.get(self.flow_matching_noise_module.noise_write_key)
         data_dict = self.pipeline(
-            data_dict, timesteps, generator, vae_image_sizes, verbose, guidance_scale, perform_norm_guidance
+            data_dict, timesteps, generator, vae_image_sizes, verbose, guidance_scale, perform_norm_guidance, noise
         )
         return self._decode_latents(data_dict)
 
@@ -286,16 +315,22 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
         cls, *, model_id: str, map_location: str = "cpu", config: dict | None = None, **download
     ) -> "FlexTokFromHub":
         folder = Path(model_id)
-        path = weights_file(folder) if folder.is_dir() else hf_hub_download(model_id, WEIGHTS_NAME, **download)
+        if folder.is_dir():
+            path, flow_file = weights_file(folder), folder / FLOW_NAME
+        else:
+            path, flow_file = hf_hub_download(model_id, WEIGHTS_NAME, **download), hub_flow_file(model_id, **download)
         tensors, header = load_safetensors(path)
         if not (config or header):
             raise ConfigError(f"{model_id} has neither a config.json nor a config in the header of {WEIGHTS_NAME}")
-        return build_model(config or header, tensors, str(model_id)).to(map_location)
+        return build_model(saved_config(config or header, flow_file), tensors, str(model_id)).to(map_location)
 
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None, **arguments
     ):
-        """Write config.json and model.safetensors; `state_dict` instead of this model's own weights, if given."""
+        """Write config.json and model.safetensors, and flow.json (see FLOW_ARGUMENTS) if the config has such arguments.
+
+        `state_dict`: to be written instead of this model's own weights.
+        """
         self._state_to_save = state_dict
         try:
             return super().save_pretrained(save_directory, **arguments)
@@ -304,9 +339,18 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state_dict = self.state_dict() if self._state_to_save is None else self._state_to_save
-        save_safetensors(state_dict, Path(save_directory) / WEIGHTS_NAME, self.config)
-        text = json.dumps(self.config, indent=2)
-        write_atomically(Path(save_directory) / CONFIG_NAME, lambda path: path.write_text(text))
+        config, flow = dict(self.config), {}
+        for part, names in FLOW_ARGUMENTS.items():
+            flow[part] = {name: value for name, value in config[part].items() if name in names}
+            config[part] = {name: value for name, value in config[part].items() if name not in names}
+        save_safetensors(state_dict, Path(save_directory) / WEIGHTS_NAME, config)
+        contents = {FLOW_NAME: flow, CONFIG_NAME: config}
+        if not any(flow.values()):
+            del contents[FLOW_NAME]
+            (Path(save_directory) / FLOW_NAME).unlink(missing_ok=True)  # of a model that was saved here before
+        for name, content in contents.items():
+            text = json.dumps(content, indent=2)
+            write_atomically(Path(save_directory) / name, lambda path, text=text: path.write_text(text))
 
 
 def build_model(
@@ -338,6 +382,8 @@ def build_model(
 def load_model_from_safetensors(safetensors_path: PathLike, device: str | None = None) -> FlexTokFromHub:
     """Load a single-file FlexTok checkpoint, whose header holds the config; the model comes in evaluation mode.
 
+    A flow.json beside it, as of an export, adds to that config.
+
     Raises:
         FileNotFoundError, CheckpointError: As load_safetensors, or weights and config do not fit each other.
         ConfigError: The config in the header cannot be built.
@@ -348,4 +394,5 @@ def load_model_from_safetensors(safetensors_path: PathLike, device: str | None =
             f"{safetensors_path} has no config in its header: load it with its config.json, by "
             "FlexTokFromHub.from_pretrained(folder)"
         )
+    config = saved_config(config, Path(safetensors_path).parent / FLOW_NAME)
     return build_model(config, tensors, str(safetensors_path)).to(device or "cpu")

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .utils.batching import dense_batches
 from .utils.config import ConfigError
 from .utils.dtypes import parse_dtype, precision
 from .utils.random import BatchRandom
@@ -44,12 +45,12 @@ class StableDiffusionVAE(nn.Module):
 
     def __init__(
         self,
-        images_read_key: str = "rgb",
-        vae_latents_read_key: str = "vae_latents_reconst",
-        vae_latents_write_key: str = "vae_latents",
-        images_reconst_write_key: str = "rgb_reconst",
+        images_read_key: str,
+        vae_latents_read_key: str,
+        vae_latents_write_key: str,
+        images_reconst_write_key: str,
         vae_kl_loss_write_key: str = "vae_kl_loss",
-        latent_channels: int = 4,
+        latent_channels: int = 16,
         scaling_factor: float | None = None,
         dtype_override: str | None = "fp32",
         hf_hub_path: str | None = None,
@@ -58,7 +59,7 @@ class StableDiffusionVAE(nn.Module):
         logvar_init: float = 0.0,
         compile_encode_fn: bool = False,
         force_vae_encode: bool = True,
-        frozen: bool = True,
+        frozen: bool = False,
         load_weights: bool = True,
     ):
         super().__init__()
@@ -121,6 +122,7 @@ class StableDiffusionVAE(nn.Module):
     def _no_grad_if_frozen(self):
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
 
+    @dense_batches
     def encode(self, data_dict: dict) -> dict:
         """Write latents [B, C, H / 8, W / 8] of images [B, 3, H, W], unless they are there and not to be replaced.
 
@@ -155,6 +157,7 @@ class StableDiffusionVAE(nn.Module):
         with self._no_grad_if_frozen(), precision(images.device, self.dtype_override):
             return self._encode(images.to(self.dtype_override or images.dtype)).latent_dist
 
+    @dense_batches
     def decode(self, data_dict: dict) -> dict:
         """Write images [B, 3, H, W], in about [-1, 1], of latents [B, C, H / 8, W / 8]."""
         latents = data_dict[self.vae_latents_read_key] / self.scaling_factor
@@ -206,6 +209,7 @@ class PixelUnshuffleVAE(nn.Module):
         self.latent_channels = 3 * factor**2
         self.frozen = True
 
+    @dense_batches
     def encode(self, data_dict: dict) -> dict:
         """Images [B, 3, H, W] -> latents [B, latent_channels, H / factor, W / factor]."""
         if not self.force_vae_encode and self.vae_latents_write_key in data_dict:
@@ -215,6 +219,7 @@ class PixelUnshuffleVAE(nn.Module):
         data_dict[self.vae_latents_write_key] = self.to_latents(images.float()) * self.scaling_factor
         return data_dict
 
+    @dense_batches
     def decode(self, data_dict: dict) -> dict:
         """Latents [B, latent_channels, h, w] -> images [B, 3, h * factor, w * factor], the inverse of `encode`."""
         latents = data_dict[self.vae_latents_read_key].float() / self.scaling_factor

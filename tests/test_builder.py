@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_draws, make_images, tiny_config, tiny_model
+from helpers import make_draws, make_images, make_noise, tiny_config, tiny_model
 
 from flextok import FlexTokFromHub
 from flextok.model.builder import build_config, preset_config, with_fsq_levels
+from flextok.training.models import check_repa_model
 from flextok.utils.checkpoint import load_weights
 from flextok.utils.config import ConfigError
 from flextok.utils.modules import count_parameters
@@ -127,6 +128,41 @@ def test_the_kind_of_vae_and_its_channels_reach_the_model():
 def test_settings_that_make_no_model_are_refused_by_name(settings, message):
     with pytest.raises(ConfigError, match=message):
         FlexTokFromHub(tiny_config(**settings))
+
+
+@pytest.mark.parametrize("decoder_depth, layer", [(1, 0), (2, 1), (3, 1)])
+def test_the_default_layer_for_repa_exists_at_any_depth(decoder_depth, layer):
+    model = tiny_model(decoder_depth=decoder_depth)
+    assert check_repa_model(model) == [layer]
+    assert "dec_patches_repa_layer" in model({"rgb": make_images(1)})
+
+
+def test_the_default_dct_coefficients_exist_in_blocks_of_any_size():
+    channels = [FlexTokFromHub(tiny_config(vae="dct", vae_factor=factor)).vae.latent_channels for factor in (1, 2, 4)]
+    assert channels == [1 + 2 * 1, 4 + 2 * 3, 10 + 2 * 3]
+
+
+def older_config(**overrides) -> dict:
+    """As builders of before wrote it: without what the constructors of then had the same defaults for."""
+    config = tiny_config(**overrides)
+    for argument in ("drop_quant_p", "corrupt_tokens_p", "min_corrupt_tokens_p", "apply_corrupt_tokens_p"):
+        del config["regularizer"][argument]
+    del config["pipeline"]["noise_read_key"]
+    config["flow_matching_noise_module"]["mode_scale"] = config["flow_matching_noise_module"]["mode_scale"] or None
+    return config
+
+
+@pytest.mark.parametrize("mode_scale", [0.25, None])
+def test_a_model_of_an_older_config_computes_the_same(mode_scale):
+    new = tiny_model(mode_scale=mode_scale).train()
+    old = FlexTokFromHub(older_config(mode_scale=mode_scale)).train()
+    load_weights(old, new.state_dict())
+    results = [model({"rgb": make_images(4), RANDOM_KEY: make_draws(4)}) for model in (new, old)]
+    for key in ("tokens", "enc_registers_quant", "sigmas", "train_keep_k", "vae_latents_reconst"):
+        assert torch.equal(results[0][key], results[1][key]), key
+    tokens, noise = results[0]["tokens"], make_noise(4, 48, 8, 8)
+    pictures = [model.detokenize(tokens, timesteps=2, noise=noise) for model in (new, old)]
+    assert torch.equal(*pictures)
 
 
 def test_preset_arguments_can_be_overridden_and_unknown_presets_name_the_nearest():

@@ -1,9 +1,12 @@
 """Config trees come from strangers: only the parts of FlexTok are built, and nothing else is imported or called."""
 
+import importlib
+import inspect
 import sys
 
 import pytest
 from helpers import make_images, tiny_config
+from torch import nn
 
 from flextok import FlexTokFromHub
 from flextok.model.utils.dict_ops import channels_first_to_last, channels_last_to_first
@@ -105,7 +108,7 @@ TRANSFORMER = {
 }  # fmt: skip
 REGISTERS = {
     "_target_": "flextok.model.preprocessors.registers.Registers1D", "input_tensor_list_read_key": "x",
-    "register_sizes_read_write_key": "s", "registers_write_key": "r", "dim": 8,
+    "register_sizes_read_write_key": "s", "registers_write_key": "r", "dim": 8, "n_min": 1, "n_max": 8,
 }  # fmt: skip
 TIMESTEPS = {
     "_target_": "flextok.model.preprocessors.time_embedding.TimestepEmbedder", "timesteps_read_key": "t",
@@ -113,10 +116,13 @@ TIMESTEPS = {
 }  # fmt: skip
 NULLCOND = {"_target_": "flextok.model.preprocessors.nullcond.LearnedNullCond", "read_write_key": "x", "dim": 8}
 HEADS = "flextok.model.postprocessors.heads."
-LINEAR_HEAD = {"_target_": HEADS + "LinearHead", "read_key": "x", "write_key": "y", "dim": 4, "dim_out": 2}
+LINEAR_HEAD = {
+    "_target_": HEADS + "LinearHead", "read_key": "x", "write_key": "y", "dim": 4, "dim_out": 2,
+    "use_mup_readout": False,
+}  # fmt: skip
 PATCHES_HEAD = {
     "_target_": HEADS + "ToPatchesLinearHead", "read_key": "x", "write_key": "y", "dim": 4, "channels_out": 2,
-    "patch_sizes": [2, 2],
+    "patch_sizes": [2, 2], "use_mup_readout": False,
 }  # fmt: skip
 
 
@@ -137,6 +143,60 @@ def test_options_that_are_left_out_are_refused_by_name(config, option, value, me
     instantiate(config)
     with pytest.raises(ConfigError, match=f"{message}.*not supported"):
         instantiate({**config, option: value})
+
+
+REQUIRED = inspect.Parameter.empty
+MODULES = "flextok.model.preprocessors."
+PUBLISHED_DEFAULTS = {
+    "flextok.flow_matching.noise_modules.MinRFNoiseModule": dict(
+        timesteps_write_key=REQUIRED, sigmas_write_key=REQUIRED, ln=True, stratisfied=False, mode_scale=0.0,
+        noise_write_key="flow_noise",
+    ),
+    "flextok.flow_matching.pipelines.MinRFPipeline": dict(noise_read_key=None),
+    MODULES + "nullcond.ZeroNullCond": dict(dropout_prob=0.0, eval_drop_flag_read_key="eval_dropout_mask"),
+    MODULES + "nullcond.LearnedNullCond": dict(dropout_prob=0.0, eval_drop_flag_read_key="eval_dropout_mask"),
+    MODULES + "token_dropout.MaskedNestedDropout": dict(
+        eval_keep_k_read_key="eval_keep_k", train_keep_k_write_key="train_keep_k"
+    ),
+    MODULES + "patching.PatchEmbedder": dict(flatten_patches=True),
+    MODULES + "registers.Registers1D": dict(n_min=REQUIRED, n_max=REQUIRED),
+    MODULES + "time_embedding.TimestepEmbedder": dict(max_timestep=1000.0, frequency_embedding_size=256),
+    MODULES + "linear.LinearLayer": dict(proj_bias=True),
+    HEADS + "LinearHead": dict(use_mup_readout=REQUIRED, proj_bias=True),
+    HEADS + "ToPatchesLinearHead": dict(use_mup_readout=REQUIRED, proj_bias=True),
+    "flextok.regularizers.quantize_fsq.FSQ": dict(
+        apply_corrupt_tokens_p=0.2, corrupt_tokens_p=0.0, min_corrupt_tokens_p=None
+    ),
+    "flextok.vae_wrapper.StableDiffusionVAE": dict(
+        images_read_key=REQUIRED, vae_latents_read_key=REQUIRED, vae_latents_write_key=REQUIRED,
+        images_reconst_write_key=REQUIRED, latent_channels=16, frozen=False, dtype_override="fp32",
+    ),
+    "flextok.model.trunks.transformers.FlexTransformer": dict(
+        dim=768, depth=12, head_dim=64, mlp_ratio=4, qkv_bias=False, proj_bias=False, mlp_bias=False,
+        act_layer=nn.SiLU, gated_mlp=True, qk_norm=True, intermediate_layers=(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", PUBLISHED_DEFAULTS)
+def test_what_a_config_leaves_out_is_as_in_the_published_constructors(target):
+    module, name = target.rsplit(".", 1)
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    defaults = PUBLISHED_DEFAULTS[target]
+    assert {argument: parameters[argument].default for argument in defaults} == defaults
+
+
+def test_norms_of_a_config_are_affine_with_bias_unless_it_says_otherwise_and_others_learn_nothing():
+    norm = {"_target_": "flextok.model.layers.norm.Fp32LayerNorm"}
+    names = {name for name, _ in instantiate({**norm, "normalized_shape": 8}).named_parameters()}
+    assert names == {"weight", "bias"}
+
+    def learned(transformer):
+        return {name.rsplit(".", 2)[-2] for name, _ in transformer.named_parameters() if "norm" in name}
+
+    assert learned(instantiate(TRANSFORMER)) == set()
+    given = instantiate({**TRANSFORMER, "norm_layer": {**norm, "_partial_": True}})
+    assert learned(given) == {"norm1", "norm2", "q_norm", "k_norm"}
 
 
 @pytest.mark.parametrize("wrap_key", [None, "config"])

@@ -118,6 +118,23 @@ def test_mixed_image_sizes_run_as_one_by_one(model, mixed_images, training):
             assert_close(together[key][i], alone[key])
 
 
+@pytest.mark.parametrize("sizes", [SIZES, [(32, 32)] * 2], ids=["mixed", "equal"])
+def test_every_module_alone_takes_lists_and_gives_lists_back(sizes):
+    model, draws = tiny_model_that_draws().train(), make_draws(len(sizes))
+    images = [make_images(1, *size, seed=i) for i, size in enumerate(sizes)]
+    together, data_dict = model({"rgb": images, RANDOM_KEY: draws}), {"rgb": images, RANDOM_KEY: draws}
+    encoder, decoder = model.encoder.module_dict.values(), model.decoder.module_dict.values()
+    for part in (model.vae.encode, *encoder, model.regularizer, model.flow_matching_noise_module, *decoder):
+        before = dict(data_dict)
+        data_dict = part(data_dict)
+        assert not any(isinstance(v, torch.Tensor) and v.ndim > 1 for v in data_dict.values()), part
+        assert data_dict.keys() > before.keys() or any(data_dict[key] is not before[key] for key in before), part
+    for key in ("tokens", "enc_registers_quant", "sigmas", *VELOCITY_AND_REPA):
+        assert all(map(torch.equal, data_dict[key], together[key])), key
+    reconstructed = model.vae.decode({"vae_latents_reconst": data_dict["vae_latents"]})["rgb_reconst"]
+    assert all(map(torch.equal, reconstructed, images))
+
+
 def test_mixed_image_sizes_are_tokenised_in_their_order_and_given_back(model, mixed_images):
     tokens = model.tokenize(mixed_images)
     assert all(torch.equal(tokens[i], model.tokenize(image)[0]) for i, image in enumerate(mixed_images))

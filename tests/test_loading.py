@@ -118,6 +118,14 @@ def test_the_hubs_cache_is_enough_without_network(model, folder, hub_cache, tmp_
     assert_same_model(FlexTokFromHub.from_pretrained(HUB_NAME, cache_dir=tmp_path / "hub"), model)
 
 
+def test_what_flow_json_adds_comes_from_the_hub_too(folder, hub_cache):
+    (folder / "flow.json").write_text('{"pipeline": {"shift": 3.0}}')
+    hub_cache(HUB_NAME, folder)
+    config = TrainConfig.from_dict(settings(model=None, model_name=HUB_NAME))
+    for model in (FlexTokFromHub.from_pretrained(HUB_NAME), load_model(config)):
+        assert model.pipeline.shift == 3.0
+
+
 def test_a_training_checkpoint_in_place_of_a_model_is_refused_with_the_export_to_give(model, tmp_path):
     run = tmp_path / "run"
     checkpoint = run / "checkpoints" / "latest.pt"
@@ -138,8 +146,8 @@ def test_a_training_checkpoint_in_place_of_a_model_is_refused_with_the_export_to
 @pytest.mark.parametrize("write", [repr, json.dumps], ids=["python", "json"])
 @pytest.mark.parametrize("nested", [False, True], ids=["parts", "under config"])
 def test_a_single_file_carries_its_config_as_text(tmp_path, write, nested):
-    model = tiny_model(mode_scale=None)
-    assert model.config["flow_matching_noise_module"]["mode_scale"] is None
+    model = tiny_model()
+    assert model.config["encoder"]["module_dict"]["enc_to_latents"]["dtype_override"] is None
     header = {"config": write(model.config)} if nested else {key: write(part) for key, part in model.config.items()}
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt", **header})
     assert_same_model(load_model_from_safetensors(tmp_path / "model.safetensors"), model)

@@ -84,14 +84,14 @@ def test_a_grid_is_cropped_or_resized_bilinearly_with_aligned_corners(posemb_typ
 def test_patch_vectors_are_in_the_order_row_column_channel_there_and_back():
     p1, p2, channels = 2, 3, 4
     x = make_noise(2, 6, 9, channels)
-    data_dict = PatchEmbedder("x", "patches", "n", [p1, p2], channels)({"x": x})
+    data_dict = PatchEmbedder("x", "patches", "n", [p1, p2], channels, flatten_patches=False)({"x": x})
     assert data_dict["patches"].shape == (2, 3, 3, p1 * p2 * channels)
     assert tuple(data_dict["n"]) == (3, 3)
     for i, j, a, b, c in np.ndindex(3, 3, p1, p2, channels):
         index = (a * p2 + b) * channels + c
         assert torch.equal(data_dict["patches"][:, i, j, index], x[:, i * p1 + a, j * p2 + b, c])
     dim = p1 * p2 * channels
-    head = ToPatchesLinearHead("patches", "y", dim, channels, [p1, p2], norm_layer=nn.Identity, proj_bias=False)
+    head = ToPatchesLinearHead("patches", "y", dim, channels, [p1, p2], False, norm_layer=nn.Identity, proj_bias=False)
     head.proj.weight.data = torch.eye(dim)
     assert torch.equal(head(data_dict)["y"], x)
 
@@ -315,12 +315,20 @@ def test_some_images_stay_unquantised_or_have_codes_replaced_in_training_alone()
     assert torch.equal(fsq.eval()({"z": z})["tokens"], plain["tokens"])
 
 
+def test_a_fixed_share_of_the_codes_of_a_fifth_of_the_images_is_replaced_where_a_config_gives_the_share_alone():
+    z = make_noise(2000, 40, 6)
+    fsq = make_fsq(corrupt_tokens_p=0.6)
+    replaced = fsq({"z": z, RANDOM_KEY: make_draws(2000)})["tokens"] != fsq.eval()({"z": z})["tokens"]
+    assert_frequency(replaced.any(1), 0.2)
+    assert_frequency(replaced[replaced.any(1)], 0.6 * (1 - 1 / 64_000))
+
+
 # Noise
 
 
 def draw_sigmas(n=20_000, positions=None, global_batch_size=None, **options):
     positions = torch.arange(n) if positions is None else positions
-    module = MinRFNoiseModule("x", "noised", **options)
+    module = MinRFNoiseModule("x", "noised", "timesteps", "sigmas", **{"ln": False, **options})
     return module.sample_sigmas(BatchRandom(3, 4, positions, global_batch_size)).double()
 
 
@@ -350,7 +358,7 @@ def test_stratified_sigmas_fill_each_bin_of_the_global_batch_once(ln):
 
 def test_noised_latents_mix_clean_latents_and_noise_that_is_drawn_or_given():
     clean = make_noise(50, 4, 16, 16)
-    module = MinRFNoiseModule("clean", "noised", mode_scale=0.25, noise_read_key="given")
+    module = MinRFNoiseModule("clean", "noised", "timesteps", "sigmas", ln=False, noise_read_key="given")
     for given in (None, make_noise(50, 4, 16, 16, seed=9)):
         out = module({"clean": clean, "given": given, RANDOM_KEY: make_draws(50)})
         assert out["sigmas"].dtype == torch.float32 and torch.equal(out["timesteps"], out["sigmas"])
@@ -375,7 +383,7 @@ def test_linear_layers_start_by_style_and_learned_tokens_start_small():
     assert not (zero.weight.any() or zero.bias.any() or xavier.bias.any() or truncated.bias.any())
     for parameter in (
         truncated.weight,
-        Registers1D("x", "sizes", "registers", 64, n_max=64).registers,
+        Registers1D("x", "sizes", "registers", 64, n_min=64, n_max=64).registers,
         PositionalEmbedding(64, [64], "learnable_sum").posembs,
         MaskedNestedDropout("x", 4096).dropout_mask_token,
         LearnedNullCond("x", 4096).nullcond,

@@ -5,10 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import LATENT_SHAPE, N_REGISTERS, make_images, make_noise, tiny_model, tiny_model_that_draws
+from helpers import (
+    LATENT_SHAPE,
+    N_REGISTERS,
+    make_images,
+    make_noise,
+    pack,
+    randomise,
+    tiny_config,
+    tiny_model,
+    tiny_model_that_draws,
+    unpack,
+)
 from torch import nn
 
+from flextok import FlexTokFromHub
 from flextok.flow_matching.pipelines import DecoderPasses, MinRFPipeline
+from flextok.training.token_use import reconstructions
 
 SHAPE = (3, 4, 4)
 STRENGTHS = [0.02, 0.2, 3.0]  # of the condition, per image
@@ -180,6 +193,27 @@ def test_k_tokens_means_that_exactly_k_tokens_matter(model, tokens, k):
     assert torch.equal(pictures(change(tokens, k), eval_keep_k=[k] * 3), expected)
     assert not torch.equal(pictures(change(tokens, k - 1), eval_keep_k=[k] * 3), expected)
     assert not torch.equal(pictures(change(tokens, -1)), pictures(tokens))  # without keep_k all of them
+
+
+def test_given_start_noise_needs_no_key_in_the_config(tokens):
+    """As published configs are: it is then looked for under the noise module's key."""
+    config = tiny_config()
+    assert config["pipeline"].pop("noise_read_key") == "flow_noise"
+    model, keyed = randomise(FlexTokFromHub(config)).eval(), tiny_model()
+    noise = make_noise(3, *LATENT_SHAPE)
+
+    def pictures(model, **data):
+        arguments = dict(timesteps=2, generator=torch.Generator().manual_seed(1))
+        return model.decode({"tokens": tokens, **data}, **arguments)["rgb_reconst"]
+
+    drawn, given = pictures(model), pictures(keyed, flow_noise=noise)
+    assert torch.equal(pictures(model, flow_noise=noise), given) and not torch.equal(drawn, given)
+    for container in ("batch", "list"):
+        data = model.decode({"tokens": pack(tokens, container)}, timesteps=2, noise=pack(noise, container))
+        assert torch.equal(unpack(data["rgb_reconst"]), given)
+    encoded = {"enc_registers_quant": model.regularizer.indices_to_embedding(tokens)}
+    ((k, images),) = reconstructions(model, encoded, noise, [N_REGISTERS], lambda: None, timesteps=2)
+    assert k == N_REGISTERS and torch.equal(images, given.clamp(-1, 1))
 
 
 def test_a_model_in_training_mode_samples_as_in_evaluation_mode_and_trains_on():

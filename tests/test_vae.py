@@ -11,6 +11,11 @@ from flextok.training.models import set_vae_dtype
 from flextok.utils.random import RANDOM_KEY
 from flextok.vae_wrapper import BlockDCTVAE, PixelUnshuffleVAE, StableDiffusionVAE
 
+KEYS = dict(
+    images_read_key="rgb", vae_latents_read_key="vae_latents_reconst", vae_latents_write_key="vae_latents",
+    images_reconst_write_key="rgb_reconst",
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -24,7 +29,10 @@ def diffusers_vae(folder):
 
 @pytest.fixture
 def make_vae(folder, diffusers_vae):
-    return lambda **options: StableDiffusionVAE(hf_hub_path=folder, latent_channels=4, **options)
+    def make(**options):
+        return StableDiffusionVAE(**{**KEYS, "hf_hub_path": folder, "latent_channels": 4, "frozen": True, **options})
+
+    return make
 
 
 def encoded(vae, images, **more):
@@ -93,9 +101,10 @@ def test_kl_is_that_of_a_diagonal_normal_in_nats_per_image(make_vae, diffusers_v
     posterior = diffusers_vae.encode(images).latent_dist
     mean, variance = posterior.mean.double(), posterior.logvar.double().exp()
     expected = (0.5 * (mean**2 + variance - 1 - variance.log())).sum((1, 2, 3)).mean()
-    kl = make_vae(frozen=False).encode({"rgb": images})["vae_kl_loss"]
-    assert kl.dtype == torch.float32 and kl.ndim == 0
-    assert kl.item() == pytest.approx(expected.item(), rel=1e-4)
+    for given in (images, list(images.split(1))):
+        kl = make_vae(frozen=False).encode({"rgb": given})["vae_kl_loss"]
+        assert kl.dtype == torch.float32 and kl.ndim == 0
+        assert kl.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("override, autocast", [("fp32", True), (None, True), ("bf16", False)])
@@ -134,17 +143,17 @@ def test_a_revision_of_the_weights_is_pinned_after_an_at_sign(monkeypatch, diffu
         lambda name, revision=None, **_: asked.append((name, revision)) or diffusers_vae,
     )
     for path in ("somebody/vae", "somebody/vae@abc123"):
-        assert StableDiffusionVAE(hf_hub_path=path, latent_channels=4).hf_hub_path == "somebody/vae"
+        assert StableDiffusionVAE(**KEYS, hf_hub_path=path, latent_channels=4).hf_hub_path == "somebody/vae"
     assert asked == [("somebody/vae", None), ("somebody/vae", "abc123")]
 
 
 def test_weights_that_do_not_fit_or_are_nowhere_are_named(folder, diffusers_vae, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="latent_channels is 16.*has 4"):
-        StableDiffusionVAE(hf_hub_path=folder, latent_channels=16)
+        StableDiffusionVAE(**KEYS, hf_hub_path=folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for path in (str(tmp_path / "missing"), "nobody/no-such-vae"):
         with pytest.raises(RuntimeError, match=f"(?s){path}.*hf download"):
-            StableDiffusionVAE(hf_hub_path=path)
+            StableDiffusionVAE(**KEYS, hf_hub_path=path)
 
 
 @pytest.mark.parametrize("kind", ["pixel", "stable_diffusion"])

@@ -258,12 +258,9 @@ class Evaluator:
             if k == VAE:
                 data = {**vae.decode({vae.vae_latents_read_key: latents}), pipeline.reconst_write_key: latents}
             else:
-                random = self.random(encoded["index"][rows])
-                data = {
-                    self.model.regularizer.tokens_write_key: encoded["tokens"][rows, :k],
-                    pipeline.noise_read_key: random.normal("evaluation", latents.shape[1:]),
-                }
-                data = self.model.decode(data, **{**self.sampler, **sampler})
+                data = {self.model.regularizer.tokens_write_key: encoded["tokens"][rows, :k]}
+                noise = self.random(encoded["index"][rows]).normal("evaluation", latents.shape[1:])
+                data = self.model.decode(data, noise=noise, **{**self.sampler, **sampler})
         return data[vae.images_reconst_write_key].float().clamp(-1, 1), data[pipeline.reconst_write_key].float()
 
     def frechet_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:

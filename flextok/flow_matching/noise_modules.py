@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 import torch.nn as nn
 
-from ..utils.batching import per_image
+from ..utils.batching import dense_batches, per_image
 from ..utils.random import BatchRandom
 
 T = TypeVar("T", float, torch.Tensor)
@@ -36,11 +36,11 @@ class MinRFNoiseModule(nn.Module):
         self,
         clean_images_read_key: str,
         noised_images_write_key: str,
-        timesteps_write_key: str = "timesteps",
-        sigmas_write_key: str = "sigmas",
-        ln: bool = False,
+        timesteps_write_key: str,
+        sigmas_write_key: str,
+        ln: bool = True,
         stratisfied: bool = False,
-        mode_scale: float | None = None,
+        mode_scale: float | None = 0.0,
         noise_write_key: str = "flow_noise",
         noise_read_key: str | None = None,
         ln_mean: float = 0.0,
@@ -73,6 +73,7 @@ class MinRFNoiseModule(nn.Module):
             sigmas = u
         return shifted(sigmas, self.shift).float().clamp(1e-9, 1 - 2**-24)
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         clean = data_dict[self.clean_images_read_key]
         random = BatchRandom.of(data_dict, clean)

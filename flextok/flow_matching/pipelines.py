@@ -44,7 +44,7 @@ class MinRFPipeline:
 
     Args:
         model: The decoder: predicts the velocity (noise - clean).
-        noise_read_key: Start noise [B, C, h, w], if the data_dict has it; otherwise it is drawn from `generator`.
+        noise_read_key: Start noise [B, C, h, w], if the data_dict has it; else it is given in the call, or drawn.
         target_sizes_read_key: Sizes of the latents, (h, w) per image; None: the `vae_image_sizes` of the call.
         latents_read_key: The condition; gives the number of images.
         timesteps_read_key, noised_images_read_key, reconst_write_key: Where the decoder reads t and x_t, and writes
@@ -56,7 +56,7 @@ class MinRFPipeline:
     def __init__(
         self,
         model: nn.Module,
-        noise_read_key: str | None = "flow_noise",
+        noise_read_key: str | None = None,
         target_sizes_read_key: str | None = None,
         latents_read_key: str = "enc_registers_quant",
         timesteps_read_key: str = "timesteps",
@@ -113,6 +113,7 @@ class MinRFPipeline:
         verbose: bool = False,
         guidance_scale: float | Callable[[float], float] = 1.0,
         perform_norm_guidance: bool = False,
+        noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
     ) -> dict:
         """Sample latents [B, C, h, w] for the condition in `data_dict`, whose values are batches or lists of [1, ...].
 
@@ -124,10 +125,12 @@ class MinRFPipeline:
             guidance_scale: g, or a function of t; 1 means no guidance and one decoder pass a step instead of two.
             perform_norm_guidance: APG instead of classifier-free guidance.
             verbose: Show a progress bar.
+            noise: Start noise [B, C, h, w], or a list of [1, C, h, w]; None: what noise_read_key names, or drawn.
         """
         if timesteps < 1:
             raise ValueError(f"timesteps is {timesteps}, expected at least 1")
-        data_dict[self.noised_images_read_key] = self._noise(data_dict, vae_image_sizes, generator)
+        noise = self._noise(data_dict, vae_image_sizes, generator) if noise is None else noise
+        data_dict[self.noised_images_read_key] = noise
         with evaluating(self.model):
             return self._sample(data_dict, timesteps, verbose, guidance_scale, perform_norm_guidance)
 

@@ -25,9 +25,9 @@ def build_config(
     vae_hub_path: str | None = None,
     vae_scaling_factor: float | None = None,
     latent_channels: int = 16,
-    dct_coefficients: Sequence[int] = (10, 3),
+    dct_coefficients: Sequence[int] | None = None,
     dct_whitening: float = 1.0,
-    repa_layers: Sequence[int] = (1,),
+    repa_layers: Sequence[int] | None = None,
     keep_k_mode: str = "uniform",
     null_condition_prob: float = 0.2,
     logit_normal_sigmas: bool = False,
@@ -52,10 +52,11 @@ def build_config(
         vae_hub_path: Weights of the AutoencoderKL, e.g. EPFL-VILAB/flextok_vae_c16 (or ...c16@revision); None: random.
         vae_scaling_factor: Factor on the latents; None: the AutoencoderKL's own, 0.5 for pixels, 1 for `dct`.
         latent_channels: Channels of the AutoencoderKL's latents (4, 8 or 16 as published).
-        dct_coefficients: Kept coefficients of each block for `dct`: of brightness, and of each colour difference.
+        dct_coefficients: Kept coefficients of each block for `dct`: of brightness, and of each colour difference; None:
+            10 and 3, or as many as a block has.
         dct_whitening: 1: they have about unit variance each; 0: as they are, so that low frequencies weigh more in the
             losses; or between the two.
-        repa_layers: Decoder blocks whose output is kept for REPA, 0 the first.
+        repa_layers: Decoder blocks whose output is kept for REPA, 0 the first; None: 1, or 0 where it is the only one.
         keep_k_mode: How nested dropout draws the number of kept tokens: `uniform`, `pow2` or `uniform_pow2`.
         null_condition_prob: Probability that an image is trained without its tokens, for guidance.
         logit_normal_sigmas, stratified_sigmas, mode_scale: See MinRFNoiseModule.
@@ -79,13 +80,15 @@ def build_config(
         if size < 1:
             raise ConfigError(f"{name} is {size}, expected at least 1")
         if name.endswith("width") and (size % head_dim or size % 4):
-            raise ConfigError(f"{name} is {size}, expected a multiple of head_dim {head_dim} and of 4")
+            raise ConfigError(
+                f"{name} is {size}, expected a multiple of head_dim {head_dim} and of 4 (by default it is 64 x depth)"
+            )
     if img_size % (factor * patch_size):
         raise ConfigError(
             f"img_size is {img_size}, expected a multiple of {factor * patch_size} (VAE factor {factor} "
             f"x patch_size {patch_size})"
         )
-    repa_layers = sorted(repa_layers)
+    repa_layers = [min(1, decoder_depth - 1)] if repa_layers is None else sorted(repa_layers)
     if any(not 0 <= layer < decoder_depth for layer in repa_layers):
         raise ConfigError(f"repa_layers is {repa_layers}, but the decoder's layers are 0 to {decoder_depth - 1}")
 
@@ -99,6 +102,8 @@ def build_config(
         channels = 3 * factor**2
         vae_config = _part("vae_wrapper.PixelUnshuffleVAE", factor=factor)
     elif vae == "dct":
+        if dct_coefficients is None:
+            dct_coefficients = [min(n, factor**2) for n in (10, 3)]
         check_coefficients(dct_coefficients, factor, "dct_coefficients")
         channels = dct_coefficients[0] + 2 * dct_coefficients[1]
         coefficients = list(dct_coefficients)
@@ -228,17 +233,20 @@ def build_config(
         "decoder": _part("model.utils.wrappers.SequentialModuleDictWrapper", module_dict=decoder),
         "regularizer": _part(
             "regularizers.quantize_fsq.FSQ", latents_read_key="enc_registers", quants_write_key="enc_registers_quant",
-            tokens_write_key="tokens", levels=list(fsq_levels),
+            tokens_write_key="tokens", levels=list(fsq_levels), drop_quant_p=0.0, corrupt_tokens_p=0.0,
+            min_corrupt_tokens_p=0.0, apply_corrupt_tokens_p=0.0,
         ),
         "flow_matching_noise_module": _part(
             "flow_matching.noise_modules.MinRFNoiseModule", clean_images_read_key="vae_latents",
             noised_images_write_key="vae_latents_noised", timesteps_write_key="timesteps", sigmas_write_key="sigmas",
-            ln=logit_normal_sigmas, stratisfied=stratified_sigmas, mode_scale=mode_scale, noise_write_key="flow_noise",
+            ln=logit_normal_sigmas, stratisfied=stratified_sigmas, mode_scale=mode_scale or 0.0,
+            noise_write_key="flow_noise",
         ),
         "pipeline": _part(
-            "flow_matching.pipelines.MinRFPipeline", _partial_=True, latents_read_key="enc_registers_quant",
-            timesteps_read_key="timesteps", noised_images_read_key="vae_latents_noised",
-            reconst_write_key="vae_latents_reconst", out_channels=channels,
+            "flow_matching.pipelines.MinRFPipeline", _partial_=True, noise_read_key="flow_noise",
+            latents_read_key="enc_registers_quant", timesteps_read_key="timesteps",
+            noised_images_read_key="vae_latents_noised", reconst_write_key="vae_latents_reconst",
+            out_channels=channels,
         ),
     }  # fmt: skip
 

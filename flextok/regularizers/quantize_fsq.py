@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
-from ..utils.batching import per_image
+from ..utils.batching import dense_batches, per_image
 from ..utils.random import BatchRandom
 
 
@@ -20,7 +20,8 @@ class FSQ(nn.Module):
         levels: Number of values per channel, at least 2 each, with a product below 2^63.
         drop_quant_p: In training, probability that an image's latents are left unquantised.
         corrupt_tokens_p, min_corrupt_tokens_p: In training, a corrupted image has each code replaced, with a
-            probability drawn uniformly between the two, by a code drawn uniformly from the codebook.
+            probability drawn uniformly between the two, by a code drawn uniformly from the codebook. The second is by
+            default the first.
         apply_corrupt_tokens_p: Probability that an image is corrupted (if corrupt_tokens_p > 0).
         packed_call: Accepted and without effect: batches are dense here.
     """
@@ -33,8 +34,8 @@ class FSQ(nn.Module):
         levels: Sequence[int],
         drop_quant_p: float = 0.0,
         corrupt_tokens_p: float = 0.0,
-        min_corrupt_tokens_p: float = 0.0,
-        apply_corrupt_tokens_p: float = 0.0,
+        min_corrupt_tokens_p: float | None = None,
+        apply_corrupt_tokens_p: float = 0.2,
         packed_call: bool = True,
     ):
         super().__init__()
@@ -44,6 +45,7 @@ class FSQ(nn.Module):
         if sum(map(math.log2, self.levels)) >= 63:
             raise ValueError("levels give more codes than tokens of 64 bits can name: use fewer or smaller ones")
         self.codebook_size = math.prod(self.levels)
+        min_corrupt_tokens_p = corrupt_tokens_p if min_corrupt_tokens_p is None else min_corrupt_tokens_p
         probabilities = {
             "drop_quant_p": drop_quant_p,
             "corrupt_tokens_p": corrupt_tokens_p,
@@ -81,6 +83,7 @@ class FSQ(nn.Module):
         levels = indices[..., None] // self._basis % self._levels
         return (levels - half_width) / half_width.float()
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         z = data_dict[self.latents_read_key]
         if z.shape[-1] != len(self.levels):

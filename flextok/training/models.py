@@ -8,7 +8,17 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from ..flextok_wrapper import CONFIG_NAME, WEIGHTS_NAME, FlexTokFromHub, build_model, flat_config, weights_file
+from ..flextok_wrapper import (
+    CONFIG_NAME,
+    FLOW_NAME,
+    WEIGHTS_NAME,
+    FlexTokFromHub,
+    build_model,
+    flat_config,
+    hub_flow_file,
+    saved_config,
+    weights_file,
+)
 from ..model.builder import PRESETS, build_config, preset_config, with_flow, with_fsq_levels
 from ..model.preprocessors.patching import PatchEmbedder
 from ..model.trunks.transformers import TransformerBlock
@@ -142,13 +152,16 @@ def _fetch(model_name: str, revision: str | None = None) -> "tuple[dict, dict]":
     config_file, weights = _files(model_name)
     if weights is not None and revision is not None:
         raise ConfigError(f"model_revision is {revision}, but model_name is {model_name}, on this machine: remove it")
-    if weights is None:
+    if weights is not None:
+        flow_file = weights.parent / FLOW_NAME
+    else:
         from huggingface_hub import hf_hub_download
 
         try:
             config_file, weights = (
                 Path(hf_hub_download(model_name, name, revision=revision)) for name in (CONFIG_NAME, WEIGHTS_NAME)
             )
+            flow_file = hub_flow_file(model_name, revision=revision)
         except (OSError, ValueError) as error:
             at = "" if revision is None else f" --revision {revision}"
             raise ConfigError(
@@ -159,7 +172,7 @@ def _fetch(model_name: str, revision: str | None = None) -> "tuple[dict, dict]":
     tensors, header = load_safetensors(weights)
     if config_file is not None:
         header = read_json_object(config_file)
-    return flat_config(header), tensors
+    return saved_config(header, flow_file), tensors
 
 
 def settled(

@@ -114,10 +114,9 @@ def reconstructions(
         before_each()
         data = {
             model.pipeline.latents_read_key: encoded[model.regularizer.quants_write_key],
-            model.pipeline.noise_read_key: noise,
             **model.kept_tokens([k] * len(noise)),
         }
-        yield k, model.decode(data, **sampler)[model.vae.images_reconst_write_key].float().clamp(-1, 1)
+        yield k, model.decode(data, noise=noise, **sampler)[model.vae.images_reconst_write_key].float().clamp(-1, 1)
 
 
 def psnr(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:

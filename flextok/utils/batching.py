@@ -1,7 +1,7 @@
 """The container rule: a `data_dict` holds batches [B, ...] or lists of [1, ...] tensors; what goes in comes out.
 
-Modules take batches alone. `dense_batches` converts at the border: at the public methods of FlexTok, at
-SequentialModuleDictWrapper and at MinRFPipeline.
+Modules are written for batches alone; `dense_batches` lets each method that takes a data_dict take lists too. What is
+called from within such a method gets batches.
 """
 
 import functools
@@ -63,6 +63,8 @@ def select_images(data_dict: dict, indices: Sequence[int], n: int, list_keys: Se
             selected[key] = value[indices]
         elif isinstance(value, list) and len(value) == n:
             selected[key] = [value[i] for i in indices]
+            if list_keys and isinstance(selected[key][0], (tuple, type(None))):
+                selected[key] = selected[key][0]  # lengths or a mask, which images of one shape have in common
     return selected
 
 
@@ -110,13 +112,16 @@ def _number_of_images(data_dict: dict, list_keys: list[str]) -> int:
 def _merge(results: list[tuple[list[int], Any]], n: int, before: Any) -> list | torch.Tensor:
     """What each group wrote, as a list of one value per image.
 
-    It becomes a batch where `before`, the value that it replaces, was one, and where it is a new number per image.
+    It becomes a batch where `before`, the value that it replaces, was one, and where it is a new number per image; one
+    number for a whole group (a loss) becomes the mean over images.
     """
     values: list = [None] * n
     for indices, value in results:
         is_batch = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(indices)
         for i, one in zip(indices, value.split(1) if is_batch else [value] * len(indices), strict=True):
             values[i] = one
+    if all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in values):
+        return torch.stack(values).mean()
     if not _is_list_of_images(values) or len({value.shape for value in values}) > 1:
         return values
     is_batch = isinstance(before, torch.Tensor) or (before is None and values[0].ndim == 1)

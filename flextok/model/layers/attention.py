@@ -10,7 +10,7 @@ from einops import rearrange
 
 from ...utils.dtypes import for_products
 from ..utils.init import init_linear
-from .norm import Fp32LayerNorm
+from .norm import plain_norm
 
 
 class BlockCausalMask(NamedTuple):
@@ -40,7 +40,7 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         proj_bias: bool = False,
         qk_norm: bool = True,
-        norm_layer: Callable = Fp32LayerNorm,
+        norm_layer: Callable = plain_norm,
         weight_init_style: str = "xavier",
         zero_init_query_proj: bool = False,
     ):

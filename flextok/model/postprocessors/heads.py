@@ -6,9 +6,10 @@ import torch
 import torch.nn as nn
 from einops import rearrange
 
+from ...utils.batching import dense_batches
 from ...utils.dtypes import parse_dtype, precision
 from ..layers.adaln import adaln_modulation, scale_and_shift
-from ..layers.norm import Fp32LayerNorm
+from ..layers.norm import plain_norm
 from ..utils.init import init_linear
 
 
@@ -27,9 +28,9 @@ class LinearHead(nn.Module):
         write_key: str,
         dim: int,
         dim_out: int,
-        use_mup_readout: bool = False,
+        use_mup_readout: bool,
         weight_init_style: str = "zero",
-        norm_layer: Callable = Fp32LayerNorm,
+        norm_layer: Callable = plain_norm,
         dtype_override: str | None = None,
         adaLN_emb_read_key: str | None = None,
         adaLN_packing_fn_read_key: str | None = None,
@@ -63,6 +64,7 @@ class LinearHead(nn.Module):
                 x = scale_and_shift(x, shift, scale)
             return self.proj(x)
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         data_dict[self.write_key] = self.head(data_dict)
         return data_dict
@@ -78,9 +80,9 @@ class ToPatchesLinearHead(LinearHead):
         dim: int,
         channels_out: int,
         patch_sizes: Sequence[int],
-        use_mup_readout: bool = False,
+        use_mup_readout: bool,
         weight_init_style: str = "zero",
-        norm_layer: Callable = Fp32LayerNorm,
+        norm_layer: Callable = plain_norm,
         dtype_override: str | None = None,
         adaLN_emb_read_key: str | None = None,
         adaLN_packing_fn_read_key: str | None = None,
@@ -94,6 +96,7 @@ class ToPatchesLinearHead(LinearHead):
         )  # fmt: skip
         self.patch_sizes = (p1, p2)
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         p1, p2 = self.patch_sizes
         patches = self.head(data_dict)

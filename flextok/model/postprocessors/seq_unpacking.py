@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch.nn as nn
 
+from ...utils.batching import dense_batches
+
 
 class SequenceUnpacker(nn.Module):
     """[B, N, D] -> the sub-sequences that BlockWiseSequencePacker joined, in their own shapes [B, ..., D]."""
@@ -22,6 +24,7 @@ class SequenceUnpacker(nn.Module):
         self.inner_packed_shapes_read_key = inner_packed_shapes_read_key
         self.outer_packed_shapes_read_key = outer_packed_shapes_read_key
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         shapes = data_dict[self.inner_packed_shapes_read_key]
         if len(shapes) != len(self.write_keys):

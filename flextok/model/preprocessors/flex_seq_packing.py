@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from einops import pack
 
+from ...utils.batching import dense_batches
 from ..layers.attention import BlockCausalMask
 
 MASK_MODES = ("full", "causal", "causal_last")
@@ -65,6 +66,7 @@ class BlockWiseSequencePacker(nn.Module):
         mask = torch.ones(n_rest, n_prefix + n_rest, dtype=torch.bool, device=device).tril(n_prefix)
         return BlockCausalMask(n_prefix, mask)
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         sequence, shapes = pack([data_dict[key] for key in self.read_keys], "b * d")
         lengths = tuple(math.prod(shape) for shape in shapes)

@@ -2,6 +2,7 @@
 
 import torch.nn as nn
 
+from ...utils.batching import dense_batches
 from ...utils.dtypes import parse_dtype, precision
 from ..utils.init import init_linear
 
@@ -25,6 +26,7 @@ class LinearLayer(nn.Module):
         self.dtype_override = parse_dtype(dtype_override)
         self.proj = init_linear(nn.Linear(dim_in, dim, bias=proj_bias), weight_init_style)
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.read_key]
         with precision(x.device, self.dtype_override):

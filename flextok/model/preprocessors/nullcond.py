@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from ...utils.batching import as_batch_tensor, per_image
+from ...utils.batching import as_batch_tensor, dense_batches, per_image
 from ...utils.random import BatchRandom
 
 
@@ -15,7 +15,7 @@ class ZeroNullCond(nn.Module):
     """
 
     def __init__(
-        self, read_write_key: str, eval_drop_flag_read_key: str = "eval_dropout_mask", dropout_prob: float = 0.1
+        self, read_write_key: str, eval_drop_flag_read_key: str = "eval_dropout_mask", dropout_prob: float = 0.0
     ):
         super().__init__()
         if not 0.0 <= dropout_prob <= 1.0:
@@ -28,6 +28,7 @@ class ZeroNullCond(nn.Module):
         """What the tokens of a dropped image become, [D] or []."""
         return x.new_zeros(())
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.read_write_key]
         if self.training:
@@ -48,7 +49,7 @@ class LearnedNullCond(ZeroNullCond):
         read_write_key: str,
         dim: int,
         eval_drop_flag_read_key: str = "eval_dropout_mask",
-        dropout_prob: float = 0.1,
+        dropout_prob: float = 0.0,
         replace_with_single_token: bool = False,
     ):
         super().__init__(read_write_key, eval_drop_flag_read_key, dropout_prob)

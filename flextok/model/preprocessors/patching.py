@@ -6,17 +6,18 @@ from collections.abc import Sequence
 import torch.nn as nn
 from einops import rearrange
 
+from ...utils.batching import dense_batches
 from ..utils.init import init_linear
 
 
 class PatchEmbedder(nn.Module):
-    """[B, H, W, C] -> patches [B, H / p1, W / p2, D], each patch vector in the order (p1 p2 c) before its projection.
+    """[B, H, W, C] -> patches [B, H / p1 * W / p2, D], each patch vector in the order (p1 p2 c) before its projection.
 
     Args:
         n_patches_write_key: Where (H / p1, W / p2) is written.
         patch_sizes: (p1, p2).
         dim: Width of the projection `patch_proj`; None: patch vectors of p1 * p2 * C as they are.
-        flatten_patches: Write [B, H / p1 * W / p2, D] instead.
+        flatten_patches: False: write [B, H / p1, W / p2, D] instead.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class PatchEmbedder(nn.Module):
         patch_sizes: Sequence[int],
         channels_in: int,
         dim: int | None = None,
-        flatten_patches: bool = False,
+        flatten_patches: bool = True,
         weight_init_style: str = "xavier",
     ):
         super().__init__()
@@ -42,6 +43,7 @@ class PatchEmbedder(nn.Module):
         patch_dim = math.prod(self.patch_sizes) * channels_in
         self.patch_proj = nn.Identity() if dim is None else init_linear(nn.Linear(patch_dim, dim), weight_init_style)
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.read_key]
         p1, p2 = self.patch_sizes

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from einops import repeat
 
+from ...utils.batching import dense_batches
 from ...utils.random import BatchRandom
 
 
@@ -29,8 +30,8 @@ class Registers1D(nn.Module):
         register_sizes_read_write_key: str,
         registers_write_key: str,
         dim: int,
-        n_min: int = 1,
-        n_max: int = 256,
+        n_min: int,
+        n_max: int,
         n_eval: int | None = None,
         size_sampling_mode: str = "uniform",
         ordering_mode: str = "nested",
@@ -66,6 +67,7 @@ class Registers1D(nn.Module):
         self.registers = nn.Parameter(torch.empty(n_max, dim))
         nn.init.trunc_normal_(self.registers, std=0.02)
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         like = data_dict[self.read_key]
         n = self.n_eval

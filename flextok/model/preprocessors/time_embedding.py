@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn as nn
 
-from ...utils.batching import as_batch_tensor
+from ...utils.batching import as_batch_tensor, dense_batches
 from ..utils.init import init_linear
 
 
@@ -19,7 +19,7 @@ class TimestepEmbedder(nn.Module):
         dim: int,
         frequency_embedding_size: int = 256,
         weight_init_style: str = "xavier",
-        max_timestep: float = 1.0,
+        max_timestep: float = 1000.0,
         temb_as_tokens: bool = False,
     ):
         super().__init__()
@@ -43,6 +43,7 @@ class TimestepEmbedder(nn.Module):
         angles = t.float()[:, None] * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         weight = self.mlp[0].weight
         t = as_batch_tensor(data_dict, self.timesteps_read_key, weight, same_batch=False)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from ...utils.batching import as_batch_tensor
+from ...utils.batching import as_batch_tensor, dense_batches
 from ...utils.random import BatchRandom
 
 SIZE_SAMPLING_MODES = ("uniform", "pow2", "uniform_pow2")
@@ -50,6 +50,7 @@ class MaskedNestedDropout(nn.Module):
             k = powers[torch.searchsorted(powers, k)].clamp(max=n)
         return k
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.read_write_key]
         if self.training:

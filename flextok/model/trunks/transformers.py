@@ -6,11 +6,12 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
+from ...utils.batching import dense_batches
 from ...utils.random import BatchRandom
 from ..layers.adaln import adaln_modulation, per_subsequence, scale_and_shift
 from ..layers.attention import Attention, BlockCausalMask
 from ..layers.mlp import Mlp
-from ..layers.norm import Fp32LayerNorm
+from ..layers.norm import plain_norm
 
 N_MODULATIONS = 6  # gate_msa, gate_mlp, shift_msa, scale_msa, shift_mlp, scale_mlp
 
@@ -99,8 +100,8 @@ class FlexTransformer(nn.Module):
         self,
         input_seq_read_key: str,
         output_seq_write_key: str,
-        dim: int,
-        depth: int,
+        dim: int = 768,
+        depth: int = 12,
         head_dim: int = 64,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
@@ -109,7 +110,7 @@ class FlexTransformer(nn.Module):
         drop: float = 0.0,
         drop_path_rate: float = 0.0,
         act_layer: Callable = nn.SiLU,
-        norm_layer: Callable = Fp32LayerNorm,
+        norm_layer: Callable = plain_norm,
         gated_mlp: bool = True,
         qk_norm: bool = True,
         use_act_checkpoint: bool = False,
@@ -122,7 +123,7 @@ class FlexTransformer(nn.Module):
         adaLN_expansion: int = 1,
         rope_forward_read_key: str | None = None,
         intermediate_layer_write_key: str | None = None,
-        intermediate_layers: Sequence[int] | None = None,
+        intermediate_layers: Sequence[int] | None = (),
     ):
         super().__init__()
         if score_mod_read_key is not None or rope_forward_read_key is not None:
@@ -152,6 +153,7 @@ class FlexTransformer(nn.Module):
             drop_path, name = drop_path_rate * i / max(depth - 1, 1), f"{output_seq_write_key}/{i}"
             self.blocks.append(TransformerBlock(dim, attn, mlp, norm_layer, expansion, drop, drop_path, name))
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         x = data_dict[self.input_seq_read_key]
         mask = data_dict[self.block_mask_read_key] if self.block_mask_read_key is not None else None

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from einops import rearrange
 
+from ...utils.batching import dense_batches
 from ...utils.random import RANDOM_KEY
 
 
@@ -46,6 +47,7 @@ class PerSampleOp(nn.Module):
         self.write_key = write_key
         self.per_sample_op = per_sample_op
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         data_dict[self.write_key] = self.per_sample_op(data_dict[self.read_key])
         return data_dict

@@ -7,6 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
+from ...utils.batching import dense_batches
+
 POSEMB_TYPES = ("sincos", "learnable_sum", "learnable_prod")
 POSEMB_SCALINGS = ("absolute", "interpolate")
 
@@ -120,6 +122,7 @@ class PositionalEmbeddingAdder(PositionalEmbedding):
         self.write_key = write_key
         self.posemb_write_key = posemb_write_key
 
+    @dense_batches
     def forward(self, data_dict: dict) -> dict:
         """Embeddings of x's own sizes are added to x [B, ..., D]."""
         x = data_dict[self.read_key]
