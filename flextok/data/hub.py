@@ -56,6 +56,8 @@ def load_splits(
                     raise ConnectionError(f"{huggingface_hub.constants.ENDPOINT} cannot be reached")
                 huggingface_hub.constants.HF_HUB_OFFLINE = True
             found = datasets.load_dataset(path, name, revision=revision)
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         at = "" if revision is None else f" --revision {revision}"
         where = "it cannot be read as a dataset (data_config names a configuration)"
@@ -76,13 +78,13 @@ def local_files(folder: Path, name: str | None, setting: str = "data_path") -> d
     all others to train.
 
     Raises:
-        ConfigError: The class names of a column differ between two files.
+        ConfigError: A parquet file is damaged, or the class names of a column differ between two.
     """
     import datasets
 
     files = [file for file in folder.rglob("*") if file.is_file() and "/." not in f"/{file.relative_to(folder)}"]
     files = sorted(files, key=lambda file: natural_key(str(file)))
-    parquet = [file for file in files if file.suffix == ".parquet"]
+    parquet = [file for file in files if file.suffix.lower() == ".parquet"]
     card = folder / "README.md"
     has_card = card.is_file() and card.read_text(errors="replace").startswith("---")
     if has_card:
@@ -101,23 +103,27 @@ def local_files(folder: Path, name: str | None, setting: str = "data_path") -> d
         taken, arguments = set(parquet), dict(path="parquet", data_files=splits)
     else:
         builder = datasets.load_dataset_builder(str(folder), name)
-        taken = {Path(file) for of_split in (builder.config.data_files or {}).values() for file in of_split}
+        taken = {Path(file).resolve() for of_split in (builder.config.data_files or {}).values() for file in of_split}
         taken, arguments = {file for file in files if file.resolve() in taken}, dict(path=str(folder), name=name)
     kinds = {file.suffix for file in taken} | {".parquet", *EXTENSIONS}
     left_out = [file for file in files if file not in taken and file.suffix.lower() in kinds]
     if left_out:
-        example = left_out[0].relative_to(folder)
-        log.warning("%s %s: %d files are left out, such as %s", setting, folder, len(left_out), example)
+        names = ", ".join(str(file.relative_to(folder)) for file in left_out[:5])
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        log.warning("%s %s: %d files are left out: %s%s", setting, folder, len(left_out), names, more)
     first: dict[str, tuple[Path, list[str]]] = {}
     for file in (file for file in parquet if file in taken):
-        features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
+        try:
+            features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
+        except pyarrow.ArrowInvalid as error:
+            raise ConfigError(f"{file} cannot be read as parquet ({error}): copy it again") from error
         for column, feature in features.items():
             if isinstance(feature, datasets.ClassLabel):
                 other, names = first.setdefault(column, (file, feature.names))
                 if names != feature.names:
                     raise ConfigError(
-                        f"the class names of the column {column} are {names} in {other}, but {feature.names} in {file}: "
-                        "write the files anew with the same names, in the same order"
+                        f"the class names of the column {column} are {names} in {other}, but {feature.names} in "
+                        f"{file}: write the files anew with the same names, in the same order"
                     )
     return arguments
 
@@ -125,9 +131,9 @@ def local_files(folder: Path, name: str | None, setting: str = "data_path") -> d
 def split_of(file: Path) -> str:
     """The split that the name of a file says, or that of a folder above it; train if none does.
 
-    It is a word of the name, such as `val` of `faces-val-0`, or all that is before `-00000-of-00002` in a folder `data`.
+    It is a word of the name, such as `val` of `faces-val-0`; in a folder `data` all that is before `-00000-of-00002`.
     """
-    if file.parent.name == "data" and (match := re.match(r"(\w+)-\d{5}-of-\d{5}", file.name)):
+    if file.parent.name == "data" and (match := re.match(r"([\w.]+)-\d{5}-of-\d{5}", file.name)):
         return match[1]
     for part in reversed(file.with_suffix("").parts):
         for word in re.split(r"[-._ 0-9]+", part.lower()):

@@ -331,7 +331,8 @@ class ImageDataset(Dataset):
 
     Attributes:
         labels: Class of each image, -1 for none; None if the images have no classes.
-        classes: Names of the classes; None likewise.
+        classes: Names of the classes, in the order of their numbers; None likewise. Where the data set has numbers and
+            no names, these are the numbers that occur: 2 and 5, not 0 to 5.
 
     Raises:
         NoReadableImage: On access, if no image can be read.

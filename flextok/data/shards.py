@@ -40,6 +40,7 @@ IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 LABEL_KEYS = ("cls", "json")
 JSON_LABELS = ("label", "cls", "class")  # in a sample's json, the first that is there
 ARCHIVE = re.compile(r"\.(tar|tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+IMAGE_ENDS = OTHER_IMAGES.union(EXTENSIONS)
 OTHER_FILES = "other files"  # captions and the like
 VERSION = 2
 
@@ -149,7 +150,7 @@ def read_shard(path: Path) -> ShardIndex:
     """Look through a shard for images and their labels: `cls`, or else `json`; one that cannot be read is none.
 
     Raises:
-        ShardError: It is damaged or compressed, two samples have one key, or a name climbs out of its folder.
+        ShardError: It is damaged or compressed, two images have one key, or a name climbs out of its folder.
     """
     places: dict[tuple[int, str], tuple[int, int]] = {}  # of all files, by archive and name
     images: dict[tuple[int, str], tuple[int, int]] = {}  # by archive and key
@@ -168,14 +169,15 @@ def read_shard(path: Path) -> ShardIndex:
                 raise ShardError(f"{path}: the name {member.name!r} climbs out of its folder: make the shard again")
             place = places.get((archive, member.linkname)) if member.islnk() else (member.offset_data, member.size)
             if place is None or member.issparse() or not (member.isreg() or member.islnk()):
-                leave_out("symbolic links, links out of the archive, or special files", member.name)
+                links = "symbolic links" if member.issym() else "hard links to files that are not there"
+                leave_out(links if member.issym() or member.islnk() else "sparse or special files", member.name)
                 continue
             places[archive, member.name] = place
             stem, _, kind = name.name.partition(".")
             key, kind = (archive, str(name.with_name(stem))), kind.lower()
             if kind in IMAGE_KEYS:
                 if key in images:
-                    raise ShardError(f"{path}: two samples have the key {key[1]!r}: make the shard again")
+                    raise ShardError(f"{path}: two images have the key {key[1]!r}: make the shard again")
                 images[key] = place
             elif kind in LABEL_KEYS:
                 file.seek(place[0])
@@ -183,7 +185,7 @@ def read_shard(path: Path) -> ShardIndex:
                     labels[kind][key] = read_label(kind, file.read(place[1]))
                 except ValueError as error:
                     leave_out("labels that cannot be read", f"{member.name}: {error}")
-            elif f".{kind.rpartition('.')[2]}" not in OTHER_IMAGES.union(EXTENSIONS):
+            elif name.suffix.lower() not in IMAGE_ENDS:
                 leave_out(OTHER_FILES, member.name)
             elif "." in kind:
                 leave_out("images with a second dot in their names, where the key ends at the first dot", member.name)
@@ -198,7 +200,7 @@ def read_shard(path: Path) -> ShardIndex:
         if key not in images:
             leave_out("labels without an image", key[1])
     keys = [os.fsencode(key if archive == 0 else f"{key} of archive {archive + 1}") for archive, key in images]
-    texts = [(labels["cls"].get(key) or labels["json"].get(key, "")).encode() for key in images]
+    texts = [(labels["cls"].get(key) or labels["json"].get(key, "")).encode(errors="replace") for key in images]
     where = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
     to_bytes = lambda values: np.array(values, dtype=bytes)  # noqa: E731
     return ShardIndex(to_bytes(keys), to_bytes(texts), where[:, 0], where[:, 1], np.array(json.dumps(left_out)))

@@ -61,7 +61,7 @@ def build_datasets(config: Any) -> tuple[ImageDataset, ImageDataset | None]:
         check_split(config, len(paths), len(val_paths))
     root = class_root(paths, config.data_path)
     if name in ("folder", "imagefolder"):
-        check_splits(train_paths, root, name)
+        check_splits(paths if name == "imagefolder" else train_paths, root, name)
     if name == "imagefolder":
         labels, numbers = number_labels(class_folders(paths, root), "data_path")
         label_of = dict(zip(paths, labels, strict=True))
@@ -108,9 +108,9 @@ def class_root(paths: list[Path], given: str) -> Path:
     return next((folder for folder in inner if all(folder in path.parents for path in paths)), root)
 
 
-def check_splits(train_paths: list[Path], root: Path, dataset_name: str) -> None:
-    """Refuse training images of train/, val/ and test/ as classes; warn where they are trained on together."""
-    folders = {path.relative_to(root).parts[0] for path in train_paths if path.parent != root}
+def check_splits(paths: list[Path], root: Path, dataset_name: str) -> None:
+    """Refuse train/, val/ and test/ as classes; warn where images of all of them are trained on."""
+    folders = {path.relative_to(root).parts[0] for path in paths if path.parent != root}
     found = {name: SPLITS[name.lower()] for name in sorted(folders) if name.lower() in SPLITS}
     if not {"train"} < set(found.values()):
         return

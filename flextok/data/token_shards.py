@@ -65,7 +65,8 @@ class TokenShards(Dataset):
     """The tokens that `python -m flextok.data.tokens` wrote into a folder, one item per image.
 
     An item is a dict: `tokens` long [views, L], `index` of the image in its data set, and, where there are classes,
-    `label`, the data set's own number of its class, or -1 for none. Safetensors are read row by row, Parquet files whole, when they are first needed.
+    `label`: the data set's own number of its class, or -1 for none. Safetensors are read row by row, Parquet files
+    whole, when they are first needed.
 
     Attributes:
         meta: What the tokens are of: see README_OPERATIONS.md.
