@@ -1,5 +1,6 @@
 """Images of a Hugging Face dataset: by its name on the Hub, a folder of parquet files, or one of `save_to_disk`."""
 
+import glob
 import hashlib
 import io
 import logging
@@ -82,8 +83,8 @@ def local_files(folder: Path, name: str | None, setting: str = "data_path") -> d
     """
     import datasets
 
-    files = [file for file in folder.rglob("*") if file.is_file() and "/." not in f"/{file.relative_to(folder)}"]
-    files = sorted(files, key=lambda file: natural_key(str(file)))
+    names = sorted(glob.glob("**", root_dir=folder, recursive=True), key=natural_key)  # through links; none hidden
+    files = [folder / name for name in names if (folder / name).is_file()]
     parquet = [file for file in files if file.suffix.lower() == ".parquet"]
     card = folder / "README.md"
     has_card = card.is_file() and card.read_text(errors="replace").startswith("---")
@@ -91,12 +92,10 @@ def local_files(folder: Path, name: str | None, setting: str = "data_path") -> d
         has_card = "configs" in huggingface_hub.DatasetCard.load(card).data.to_dict()
     if parquet and not has_card:
         if name not in (None, "default"):
-            raise ConfigError(
-                f"data_config is {name!r}, but {folder} has no data card (README.md) that says what it is"
-            )
+            raise ConfigError(f"data_config is {name!r}, but {folder} has no data card (README.md) with configs")
         splits: dict[str, list[str]] = {}
         for file in parquet:
-            splits.setdefault(split_of(file.relative_to(folder)), []).append(str(file))
+            splits.setdefault(split_of(file.relative_to(folder)), []).append(glob.escape(str(file)))
         if len(splits) > 1:
             shown = "; ".join(f"{split} has {len(of)} ({Path(of[0]).name})" for split, of in splits.items())
             log.info("%s %s: parquet files by split: %s", setting, folder, shown)
@@ -108,9 +107,9 @@ def local_files(folder: Path, name: str | None, setting: str = "data_path") -> d
     kinds = {file.suffix for file in taken} | {".parquet", *EXTENSIONS}
     left_out = [file for file in files if file not in taken and file.suffix.lower() in kinds]
     if left_out:
-        names = ", ".join(str(file.relative_to(folder)) for file in left_out[:5])
+        shown = ", ".join(str(file.relative_to(folder)) for file in left_out[:5])
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-        log.warning("%s %s: %d files are left out: %s%s", setting, folder, len(left_out), names, more)
+        log.warning("%s %s: %d files are left out: %s%s", setting, folder, len(left_out), shown, more)
     first: dict[str, tuple[Path, list[str]]] = {}
     for file in (file for file in parquet if file in taken):
         try:

@@ -9,6 +9,7 @@ kind of the file.
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -81,7 +82,8 @@ def shard_paths(shards: str | Sequence[str], setting: str = "data_path") -> list
             if not path.is_dir():
                 paths.append(path)
                 continue
-            found = [file for file in path.rglob("*") if ARCHIVE.search(file.name)]
+            names = glob.glob("**", root_dir=path, recursive=True)
+            found = [path / name for name in names if ARCHIVE.search(name) and (path / name).is_file()]
             plain = [file for file in found if file.suffix.lower() == ".tar"]
             taken = sorted((file for file in plain if file.parent == path), key=lambda file: natural_key(file.name))
             if len(taken) < len(found):
