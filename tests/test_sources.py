@@ -363,12 +363,15 @@ def test_validation_images_are_numbered_by_the_classes_of_training(tmp_path, wri
         built(**settings, val_path=write(tmp_path / "other", ["c"])["data_path"])
 
 
-def test_class_labels_keep_their_numbers_and_names(tmp_path):
+def test_class_labels_keep_their_numbers_and_names(tmp_path, caplog):
     label = datasets.ClassLabel(names=["-1", "10", "9"])
     numbered = rows(4).remove_columns("label").add_column("label", [2, 0, None, -1], feature=label)
     numbered.save_to_disk(tmp_path / "data")
     train, _ = built(dataset_name="hf", data_path=str(tmp_path / "data"), val_fraction=0)
     assert train.classes == ["-1", "10", "9"] and [train.label(i) for i in range(4)] == [2, 0, None, None]
+    numbered.add_column("other", [0, 0, 0, 0], feature=label).save_to_disk(tmp_path / "two")
+    assert built(dataset_name="hf", data_path=str(tmp_path / "two"), val_fraction=0)[0].classes is None
+    assert "no classes are read, since ['label', 'other'] are ClassLabels: set label_column" in caplog.text
 
 
 def test_a_shard_that_is_cut_or_holds_no_images_is_refused(tmp_path):

@@ -176,6 +176,8 @@ def read_labels(
     if column is None:
         labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         if len(labels) != 1:
+            if labels:
+                log.warning("%s: no classes are read, since %s are ClassLabels: set label_column", title, labels)
             return None, None
         (column,) = labels
     elif column not in features:

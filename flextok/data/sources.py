@@ -63,15 +63,14 @@ def build_datasets(config: Any) -> tuple[ImageDataset, ImageDataset | None]:
     if name in ("folder", "imagefolder"):
         check_splits(paths if name == "imagefolder" else train_paths, root, name)
     if name == "imagefolder":
-        labels, numbers = number_labels(class_folders(paths, root), "data_path")
-        label_of = dict(zip(paths, labels, strict=True))
-        if config.val_path:
-            folders = class_folders(val_paths, class_root(val_paths, config.val_path))
-            val_labels, _ = number_labels(folders, "val_path", numbers)
-        else:
-            val_labels = [label_of[path] for path in val_paths]
-        train_settings |= dict(classes=list(numbers), labels=[label_of[path] for path in train_paths])
-        val_settings |= dict(classes=list(numbers), labels=val_labels)
+        _, numbers = number_labels(class_folders(paths, root), "data_path")
+        val_root = class_root(val_paths, config.val_path) if config.val_path else root
+        for of_split, title, files, folder in (
+            (train_settings, "data_path", train_paths, root),
+            (val_settings, "val_path", val_paths, val_root),
+        ):
+            labels, _ = number_labels(class_folders(files, folder), title, numbers)
+            of_split |= dict(classes=list(numbers), labels=labels)
     train = ImageFolderDataset(train_paths, size, **train_settings)
     return train, ImageFolderDataset(val_paths, size, **val_settings) if val_paths else None
 
