@@ -120,7 +120,7 @@ def test_an_image_without_a_label_has_minus_one_and_is_counted(model_folder, ima
     for _ in range(2):  # the second goes on
         shards = export(model_folder, tmp_path / "tokens", *data, data=tmp_path / "data.tar")
         assert [item["label"] for item in shards] == [10, -1, 9, -1, 10, 9, 3] and shards.meta["unlabelled"] == 2
-        assert shards.meta["has_labels"] and shards.meta["classes"] == ["3", "9", "10"]
+        assert shards.meta["has_labels"] and shards.meta["classes"] == {i: i for i in ("3", "9", "10")}
         next((tmp_path / "tokens").glob("tokens-00001.*")).unlink()
 
 

@@ -218,7 +218,7 @@ class HubImages(ImageDataset):
         image_column: str,
         indices: Sequence[int] | None = None,
         labels: np.ndarray | None = None,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] | dict[int, str] | None = None,
         **settings,
     ):
         super().__init__(img_size, **settings)

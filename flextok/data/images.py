@@ -331,15 +331,14 @@ class ImageDataset(Dataset):
 
     Attributes:
         labels: Class of each image, -1 for none; None if the images have no classes.
-        classes: Names of the classes, in the order of their numbers; None likewise. Where the data set has numbers and
-            no names, these are the numbers that occur: 2 and 5, not 0 to 5.
+        classes: Name of each class by its number: a list, or a dict where not all numbers occur; None likewise.
 
     Raises:
         NoReadableImage: On access, if no image can be read.
     """
 
     labels: Sequence[int] | None = None
-    classes: Sequence[str] | None = None
+    classes: Sequence[str] | dict[int, str] | None = None
 
     def __init__(
         self,
@@ -474,7 +473,7 @@ class ImageFolderDataset(ImageDataset):
         paths: Sequence[str | Path],
         img_size: int,
         labels: Sequence[int] | None = None,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] | dict[int, str] | None = None,
         **settings,
     ):
         super().__init__(img_size, **settings)

@@ -70,3 +70,10 @@ def number_labels(
     if (labels < 0).any():
         log.warning("%s: %d of %d images have no class label (-1)", source, (labels < 0).sum(), n)
     return labels, numbers
+
+
+def class_names(numbers: dict[str, int] | None) -> list[str] | dict[int, str] | None:
+    """The name of each class by its number: a list, or a dict where numbers are left out."""
+    if numbers is None or list(numbers.values()) == list(range(len(numbers))):
+        return None if numbers is None else list(numbers)
+    return {number: name for name, number in numbers.items()}

@@ -293,7 +293,7 @@ class ShardImages(ImageDataset):
         index: list[ShardIndex],
         img_size: int,
         labels: np.ndarray | None = None,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] | dict[int, str] | None = None,
         chosen: Sequence[int] | None = None,
         **settings,
     ):

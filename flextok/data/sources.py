@@ -7,7 +7,7 @@ from typing import Any
 from ..utils.config import ConfigError
 from .digits import Digits
 from .images import IMAGE_FOLDERS, SPLITS, ImageDataset, ImageFolderDataset, list_images, split_indices, split_paths
-from .labels import number_labels
+from .labels import class_names, number_labels
 from .photos import PhotoCrops
 
 log = logging.getLogger("flextok")
@@ -70,7 +70,7 @@ def build_datasets(config: Any) -> tuple[ImageDataset, ImageDataset | None]:
             (val_settings, "val_path", val_paths, val_root),
         ):
             labels, _ = number_labels(class_folders(files, folder), title, numbers)
-            of_split |= dict(classes=list(numbers), labels=labels)
+            of_split |= dict(classes=class_names(numbers), labels=labels)
     train = ImageFolderDataset(train_paths, size, **train_settings)
     return train, ImageFolderDataset(val_paths, size, **val_settings) if val_paths else None
 
@@ -155,7 +155,7 @@ def hub_datasets(config: Any, train_settings: dict, val_settings: dict) -> tuple
     column = image_column(splits[train_split].features, config.image_column)
     title = f"{config.data_path} ({train_split})"
     labels, numbers = read_labels(splits[train_split], config.label_column, title)
-    classes = None if numbers is None else list(numbers)
+    classes = class_names(numbers)
 
     def images(split: Any, title: str, settings: dict, **others: Any) -> HubImages:
         return HubImages(split, config.img_size, title, column, classes=classes, **settings, **others)
@@ -183,7 +183,7 @@ def shard_datasets(config: Any, train_settings: dict, val_settings: dict) -> tup
         paths = without_validation(paths, val_paths)
     index = load_indices(paths, cache_dir)
     labels, numbers = number_labels(shard_labels(index), "data_path")
-    of_train = dict(labels=labels, classes=None if numbers is None else list(numbers), **train_settings)
+    of_train = dict(labels=labels, classes=class_names(numbers), **train_settings)
     if val_paths:
         val_index = load_indices(val_paths, cache_dir, "val_path")
         train = ShardImages(paths, index, config.img_size, **of_train)

@@ -120,7 +120,7 @@ def claim_folder(folder: Path, meta: dict[str, Any], names: Callable[[], list[st
     Raises:
         UserError: It holds tokens of something else.
     """
-    file = folder / META
+    file, meta = folder / META, json.loads(json.dumps(meta))  # as it is read: keys are texts
     if file.is_file():
         there = read_json_object(file)
         for key, value in meta.items():
