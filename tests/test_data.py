@@ -11,7 +11,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, features
 
 from flextok.data.batch import FILLER
 from flextok.data.images import (
@@ -35,6 +35,8 @@ from flextok.data.photos import PHOTOS, PhotoCrops, photo_path
 from flextok.data.sources import build_datasets
 from flextok.training.config import TrainConfig
 from flextok.utils.random import uniform_number
+
+AVIF = ["avif"] if features.check("avif") else []
 
 
 def noise(height, width, seed=0):
@@ -92,10 +94,18 @@ def test_files_are_sorted_by_number_or_else_naturally(tmp_path, names):
 
 def test_every_extension_in_any_case_is_found_also_in_linked_folders_and_hidden_files_are_not(tmp_path):
     names = ["a.jpg", "b.JPEG", "c.Png", "d.webp", "e.bmp", "f.tif", "g.TIFF", "h.gif"]
-    touch(tmp_path / "set", *names, "._a.jpg", ".hidden/i.jpg", "j.jpg.txt", "k.svg")
+    names += ["i.jfif", "j.JPE"] + [f"k.{end}" for end in AVIF]
+    touch(tmp_path / "set", *names, "._a.jpg", ".hidden/i.jpg", "j.jpg.txt", "a.pdf")
     touch(tmp_path / "elsewhere", "l.jpg")
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
     assert listed(tmp_path / "set") == [*names, "linked/l.jpg"]
+
+
+def test_images_of_formats_that_are_not_read_are_counted_and_one_is_named(tmp_path, caplog):
+    touch(tmp_path, "a.jpg", "b/c.heic", "b/d.HEIC", "e.svg", "f.jp2", "g.psd", "._h.heic")
+    assert listed(tmp_path) == ["a.jpg"]
+    (line,) = caplog.messages
+    assert "5 files are left out, of formats that are not read: 2 .heic, " in line and "(such as b/c.heic)" in line
 
 
 def test_masks_of_celebahq_are_left_out_and_the_log_says_from_which_folders_images_are_taken(tmp_path, caplog):
@@ -196,9 +206,10 @@ def test_large_jpegs_are_decoded_at_no_less_than_twice_the_hint(tmp_path, min_si
     assert np.abs(image[step // 2 :: step, step // 2 :: step].astype(int) - pixels[200::400, 200::400]).max() < 12
 
 
-@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tif", "gif"])
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tif", "gif", "jfif", *AVIF])
 def test_truncated_files_are_broken(tmp_path, extension):
     path = save(tmp_path / f"a.{extension}", noise(50, 50))
+    assert read(path).shape == (50, 50, 3)
     content = path.read_bytes()
     for kept in (0.02, 0.5, 0.98):
         path.write_bytes(content[: int(kept * len(content))])

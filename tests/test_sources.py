@@ -169,6 +169,32 @@ def test_a_folder_without_data_and_a_dataset_without_images_are_clear_errors(tmp
         built(dataset_name="hf", data_path=str(tmp_path / "text"))
 
 
+def test_all_parquet_files_of_a_folder_are_the_data_set_whatever_their_names(tmp_path, caplog):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i, name in enumerate(["faces-0", "faces-1", "train-extra"]):
+        rows(2, first=2 * i).to_parquet(folder / f"{name}.parquet")
+    (folder / "previews").mkdir()
+    for i in range(5):
+        picture(i).save(folder / "previews" / f"{i}.png")
+    settings = dict(dataset_name="hf", data_path=str(folder), val_fraction=0)
+    train, val = built(**settings)
+    assert images_of(train) == [0, 1, 2, 3, 4, 5] and train.classes == ["cat", "dog"] and val is None
+    assert "5 files are left out: previews/0.png, " in caplog.text
+    rows(3).to_parquet(folder / "faces-val-0.parquet")
+    train, val = built(**settings)
+    assert (len(train), len(val)) == (6, 3)
+    card = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "faces-?.parquet"}]}]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\nFaces.\n")
+    assert images_of(built(**settings)[0]) == [0, 1, 2, 3]
+    assert "7 files are left out: faces-val-0.parquet, " in caplog.text
+    rows(2).cast_column("label", datasets.ClassLabel(names=["dog", "cat"])).to_parquet(folder / "faces-2.parquet")
+    with pytest.raises(
+        ConfigError, match=r"column label are \['cat', 'dog'\] in .*faces-0.*\['dog', .*faces-2.parquet: "
+    ):
+        built(**settings)
+
+
 # ------------------------------------------------------------------------------------------------------------ shards
 
 
@@ -185,17 +211,173 @@ def test_an_index_is_built_once_and_anew_when_its_shard_changes(tmp_path, monkey
 @pytest.mark.parametrize(
     "label, classes",
     [
-        (lambda i: {"json": {"label": ["b", "a"][i % 2]}}, ["a", "b"]),
-        (lambda i: {"cls": 2 * (i % 2)}, ["0", "1", "2"]),
-        (lambda i: {"cls": f"{5 * (i % 2):03}"}, ["000", "005"]),
+        (lambda i: {"json": {"label": ["b", "a"][i % 2]}}, {0: "a", 1: "b"}),
+        (lambda i: {"cls": 2 * (i % 2)}, {0: "0", 2: "2"}),
+        (lambda i: {"cls": f"{5 * (i % 2):03}"}, {0: "000", 1: "005"}),
         (lambda i: {"txt": "a caption"}, None),
     ],
     ids=["names in json", "numbers", "numbers as names", "none"],
 )
 def test_labels_are_numbers_or_names_in_cls_or_json(tmp_path, label, classes):
     train, val = built(**write_shards(tmp_path / "data", label=label))
-    assert train.classes == val.classes == classes
-    assert {train.label(i) for i in range(len(train))} == ({None} if classes is None else {0, len(classes) - 1})
+    assert train.classes == val.classes and names_of(train) == (classes or {})
+    assert {train.label(i) for i in range(len(train))} == set(classes or [None])
+
+
+def names_of(dataset):
+    """The names of the classes by number."""
+    classes = dataset.classes or {}
+    return classes if isinstance(classes, dict) else dict(enumerate(classes))
+
+
+def write_tar(path, *members):
+    """A tar of (name, content) of bytes, or of a pair of the type of a link and what it refers to."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+            else:
+                info.type, info.linkname = content
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return dict(dataset_name="webdataset", data_path=str(path), val_fraction=0)
+
+
+def images_of(dataset):
+    """Which `picture` each image is."""
+    numbers = {image_to_tensor(picture(i), 32).numpy().tobytes(): i for i in range(N)}
+    return [numbers[dataset[i]["image"].numpy().tobytes()] for i in range(len(dataset))]
+
+
+def test_files_of_a_shard_that_are_not_taken_are_counted_by_reason_in_each_run(tmp_path, caplog):
+    names = ["a.jpg", "lens_1.4.jpg", "lens_2.8.jpg", "b.gif", "c.cls"]
+    settings = write_tar(tmp_path / "a.tar", *((name, encoded(i)) for i, name in enumerate(names)), ("d.cls", b"3"))
+    for _ in range(2):
+        caplog.clear()
+        assert images_of(built(**settings)[0]) == [0]
+        (line,) = [message for message in caplog.messages if "not taken" in message]
+        assert "2 images with a second dot in their names, where the key ends at the first dot" in line
+        assert "(such as a.tar/lens_1.4.jpg); 1 images that are none of jpg, jpeg, png, webp" in line
+        assert "(such as a.tar/b.gif); 1 labels that cannot be read (such as a.tar/c.cls: 'utf-8' codec" in line
+        assert "; 1 labels without an image (such as a.tar/d)" in line
+    caplog.clear()
+    caplog.set_level("INFO")
+    built(**write_shards(tmp_path / "captions", label=lambda i: {"txt": "a caption"}), val_fraction=0)
+    (line,) = [record for record in caplog.records if "not taken" in record.message]
+    assert "24 other files (such as train-000000.tar/00000.txt)" in line.message and line.levelname == "INFO"
+
+
+def test_joined_archives_and_hard_links_are_read_and_symbolic_links_counted(tmp_path, caplog):
+    links = ("b.png", (tarfile.LNKTYPE, "./a.png")), ("c.png", (tarfile.SYMTYPE, "a.png"))
+    first = write_tar(tmp_path / "1.tar", ("./a.png", encoded(0)), *links, ("d.png", (tarfile.LNKTYPE, "gone.png")))
+    write_tar(tmp_path / "2.tar", ("./a.png", encoded(1)), ("e.png", encoded(2)))
+    second = (tmp_path / "2.tar").read_bytes()
+    with open(tmp_path / "1.tar", "ab") as file:
+        file.write(second)
+    train, _ = built(**first)
+    assert images_of(train) == [0, 0, 1, 2] and len({train.name(i) for i in range(4)}) == 4
+    for reason in (
+        "1 symbolic links (such as 1.tar/c.png)",
+        "1 hard links to files that are not there",
+    ):
+        assert reason in caplog.text
+    with open(tmp_path / "1.tar", "ab") as file:
+        file.write(second[:1000])
+    with pytest.raises(UserError, match="1.tar cannot be read as a shard"):
+        built(**first)
+
+
+def test_a_folder_of_shards_is_read_whatever_the_case_and_names_what_it_leaves_out(tmp_path, caplog):
+    for i, name in enumerate(["2.tar", "10.TAR", "3.tar.gz", "4.tgz", "more/5.tar"]):
+        write_tar(tmp_path / name, (f"{i}.png", encoded(i)))
+    train, _ = built(dataset_name="webdataset", data_path=str(tmp_path), val_fraction=0)
+    assert images_of(train) == [0, 1]
+    assert "3 archives are left out (such as 3.tar.gz): 2 compressed" in caplog.text
+    assert "and 1 of sub-folders" in caplog.text
+
+
+def test_a_label_that_cannot_be_read_is_none_and_named(tmp_path, caplog):
+    labels = [b'{"label": 3}', b'{"label": ', b'{"label": [1]}', b"{}"]
+    members = [(f"{i}.{end}", content) for i in range(4) for end, content in (("png", encoded(i)), ("json", labels[i]))]
+    train, _ = built(**write_tar(tmp_path / "a.tar", *members))
+    assert images_of(train) == [0, 1, 2, 3] and [train.label(i) for i in range(4)] == [3, None, None, None]
+    assert "2 labels that cannot be read (such as a.tar/1.json: Expecting value" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+def write_column(folder, values):
+    """Parquet with a column `class`."""
+    folder.mkdir()
+    rows(len(values)).add_column("class", values).to_parquet(folder / "train.parquet")
+    return dict(dataset_name="hf", data_path=str(folder), label_column="class")
+
+
+def write_json(folder, values):
+    return write_shards(folder, len(values), label=lambda i: {"json": {"label": values[i]}})
+
+
+def write_cls(folder, values):
+    return write_shards(folder, len(values), label=lambda i: {"txt": ""} if values[i] is None else {"cls": values[i]})
+
+
+NUMBERS = list(range(12))
+
+
+@pytest.mark.parametrize("write", [write_cls, write_json, write_column], ids=["cls", "json", "column"])
+@pytest.mark.parametrize(
+    "values, labels",
+    [
+        ([*NUMBERS, -1], [*NUMBERS, None]),
+        ([*map(float, NUMBERS), None], [*NUMBERS, None]),
+        ([*map(str, NUMBERS), ""], [*NUMBERS, None]),
+        ([5, 999999, 2], [5, 999999, 2]),
+        (["a10", "a2", "b", None], [1, 0, 2, None]),
+        (["10", "9", "x"], [1, 0, 2]),
+        ([-1, -1], [None, None]),
+    ],
+    ids=["-1", "floats", "digits", "sparse", "texts", "mixed", "none"],
+)
+def test_labels_are_the_data_sets_own_numbers_or_texts_in_natural_order(tmp_path, caplog, write, values, labels):
+    caplog.set_level("INFO")
+    train, _ = built(**write(tmp_path / "data", values), val_fraction=0)
+    assert [train.label(i) for i in range(len(train))] == labels
+    names = {label: str(value).removesuffix(".0") for label, value in zip(labels, values, strict=True)}
+    assert names_of(train) == {label: name for label, name in names.items() if label is not None}
+    assert ("texts, numbered in natural order: " in caplog.text) == (values[-1] == "x" or "a2" in values)
+    if None in labels and train.classes:
+        assert f"1 of {len(labels)} images have no class label" in caplog.text
+
+
+@pytest.mark.parametrize("order", [("cls", "json"), ("json", "cls")])
+def test_a_label_in_cls_comes_before_one_in_json(tmp_path, order):
+    labels = {"cls": b"7", "json": b'{"label": "cat"}'}
+    train, _ = built(
+        **write_tar(tmp_path / "a.tar", ("0.png", encoded(0)), *((f"0.{end}", labels[end]) for end in order))
+    )
+    assert train.label(0) == 7
+
+
+@pytest.mark.parametrize("write", [write_cls, write_json, write_column], ids=["cls", "json", "column"])
+def test_validation_images_are_numbered_by_the_classes_of_training(tmp_path, write):
+    settings = write(tmp_path / "train", ["a10", "a2", "b"])
+    _, val = built(**settings, val_path=write(tmp_path / "val", ["b", "a10"])["data_path"])
+    assert [val.label(i) for i in range(2)] == [2, 1]
+    with pytest.raises(ConfigError, match="has the class 'c', which is none of the 3 classes of the training images"):
+        built(**settings, val_path=write(tmp_path / "other", ["c"])["data_path"])
+
+
+def test_class_labels_keep_their_numbers_and_names(tmp_path, caplog):
+    label = datasets.ClassLabel(names=["-1", "10", "9"])
+    numbered = rows(4).remove_columns("label").add_column("label", [2, 0, None, -1], feature=label)
+    numbered.save_to_disk(tmp_path / "data")
+    train, _ = built(dataset_name="hf", data_path=str(tmp_path / "data"), val_fraction=0)
+    assert train.classes == ["-1", "10", "9"] and [train.label(i) for i in range(4)] == [2, 0, None, None]
+    numbered.add_column("other", [0, 0, 0, 0], feature=label).save_to_disk(tmp_path / "two")
+    assert built(dataset_name="hf", data_path=str(tmp_path / "two"), val_fraction=0)[0].classes is None
+    assert "no classes are read, since ['label', 'other'] are ClassLabels: set label_column" in caplog.text
 
 
 def test_a_shard_that_is_cut_or_holds_no_images_is_refused(tmp_path):
@@ -252,8 +434,32 @@ def test_images_beside_the_class_folders_are_refused(tmp_path):
     (tmp_path / "data" / "x.png").unlink()
     (tmp_path / "val" / "c").mkdir(parents=True)
     picture(0).save(tmp_path / "val" / "c" / "0.png")
-    with pytest.raises(ConfigError, match="val_path has the class c, which data_path has no folder of"):
+    with pytest.raises(ConfigError, match="val_path has the class 'c', which is none of the 2 classes"):
         built(**settings, val_path=str(tmp_path / "val"))
+
+
+def test_folders_that_are_numbers_are_their_classes(tmp_path):
+    for i in range(12):
+        (tmp_path / "data" / str(i)).mkdir(parents=True)
+        picture(i).save(tmp_path / "data" / str(i) / "0.png")
+    train, _ = built(dataset_name="imagefolder", data_path=str(tmp_path / "data"), val_fraction=0)
+    assert [train.label(i) for i in range(12)] == [int(train.paths[i].parent.name) for i in range(12)]
+    (tmp_path / "data" / "11").rename(tmp_path / "data" / "a")
+    train, _ = built(dataset_name="imagefolder", data_path=str(tmp_path / "data"), val_fraction=0)
+    assert train.classes == [*map(str, range(11)), "a"]
+
+
+def test_splits_are_refused_as_classes_and_named_where_all_are_trained_on(tmp_path, caplog):
+    for split in ("train", "val", "test"):
+        write_classes(tmp_path / "data" / split, n=4)
+    advice = f"set data_path: {tmp_path}/data/train and val_path: {tmp_path}/data/val"
+    with pytest.raises(ConfigError, match=f"test, train, val of .* are splits, not classes: {advice}"):
+        built(dataset_name="imagefolder", data_path=str(tmp_path / "data"))
+    assert len(built(dataset_name="folder", data_path=str(tmp_path / "data"), val_fraction=0)[0]) == 12
+    assert f"its sub-folders test and val are trained on, too; {advice}" in caplog.text
+    parts = dict(data_path=str(tmp_path / "data" / "train"), val_path=str(tmp_path / "data" / "val"))
+    train, val = built(dataset_name="imagefolder", **parts)
+    assert train.classes == ["a", "b"] and len(train) == len(val) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------- crops

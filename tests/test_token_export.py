@@ -1,7 +1,9 @@
 """Tokens of a data set in shards: what they are, how they are read, resumed, shared out and refused."""
 
+import io
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,7 @@ def test_tokens_are_those_of_tokenize_in_shards_of_the_smallest_integers(model, 
     assert [list(file["tokens"].shape) for file in files] == [[3, 1, 8], [3, 1, 8], [1, 1, 8]]
     assert files[0]["tokens"].dtype == np.uint16 and files[2]["index"].tolist() == [6]
     assert token_dtype(1 << 16) == np.uint16 and token_dtype((1 << 16) + 1) == np.int32
+    assert token_dtype(1 << 31) == np.int32 and token_dtype((1 << 31) + 1) == np.int64
     meta = json.loads((tmp_path / "tokens" / "meta.json").read_text())
     assert meta["levels"] == [8, 8, 8, 5, 5, 5] and meta["codebook_size"] == 64_000
     assert meta["tokens_per_image"] == 8 and meta["views"] == ["centre"] and meta["img_size"] == 32
@@ -102,6 +105,33 @@ def test_labels_and_the_split_are_those_of_a_training(model_folder, images, tmp_
         shards = export(model_folder, tmp_path / split, "--config", str(config), "--split", split)
         assert len(shards) == n and shards.meta["split"] == split and shards.meta["classes"] == ["a", "b"]
         assert [item["label"] for item in shards] == [int(Path(name).stem) % 2 for name in shards.names]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "parquet"])
+def test_an_image_without_a_label_has_minus_one_and_is_counted(model_folder, images, tmp_path, form):
+    labels = ["10", "-1", "9", "", "10", "9", "3"]  # of the first shard's images one, of the second's another
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        for path, label in zip(sorted(images.iterdir()), labels, strict=True):
+            tar.add(path, path.name)
+            info = tarfile.TarInfo(f"{path.stem}.cls")
+            info.size = len(label)
+            tar.addfile(info, io.BytesIO(label.encode()))
+    data = ["--dataset-name", "webdataset", "--format", form]
+    for _ in range(2):  # the second goes on
+        shards = export(model_folder, tmp_path / "tokens", *data, data=tmp_path / "data.tar")
+        assert [item["label"] for item in shards] == [10, -1, 9, -1, 10, 9, 3] and shards.meta["unlabelled"] == 2
+        assert shards.meta["has_labels"] and shards.meta["classes"] == {i: i for i in ("3", "9", "10")}
+        next((tmp_path / "tokens").glob("tokens-00001.*")).unlink()
+
+
+def test_codes_above_two_to_the_31_are_exported_as_they_are(images, tmp_path):
+    model = tiny_model(fsq_levels=[64, 64, 64, 64, 64, 32])
+    model.save_pretrained(tmp_path / "model")
+    expected = torch.cat(model.tokenize(pictures(images)))
+    assert expected.max() >= 1 << 31
+    for form in ("safetensors", "parquet"):
+        shards = export(tmp_path / "model", tmp_path / form, "--format", form, data=images)
+        assert torch.equal(all_tokens(shards)[:, 0], expected)
 
 
 def test_what_a_vae_samples_does_not_depend_on_batches(tmp_path, images):

@@ -1,8 +1,10 @@
 """Images of a Hugging Face dataset: by its name on the Hub, a folder of parquet files, or one of `save_to_disk`."""
 
+import glob
 import hashlib
 import io
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +12,23 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pyarrow.compute
+import pyarrow.parquet
 from PIL import Image
 
 from ..utils.config import ConfigError, nearest
 from ..utils.network import reachable
 from ..utils.processes import rank
-from .images import BrokenImage, ImageDataset, digest, file_ends, load_image, probe
+from .images import EXTENSIONS, SPLITS, BrokenImage, ImageDataset, digest, file_ends, load_image, probe
+from .labels import natural_key, number_labels
 
 log = logging.getLogger("flextok")
 
 VALIDATION_SPLITS = ("validation", "val", "valid")
 
 
-def load_splits(path: str, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
+def load_splits(
+    path: str, name: str | None = None, revision: str | None = None, setting: str = "data_path"
+) -> dict[str, Any]:
     """The splits of a dataset, each a map-style `datasets.Dataset`, by name.
 
     Args:
@@ -44,13 +50,15 @@ def load_splits(path: str, name: str | None = None, revision: str | None = None)
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             found = datasets.load_from_disk(folder)
         elif folder.exists():
-            found = datasets.load_dataset(str(folder), name)
+            found = datasets.load_dataset(**local_files(folder, name, setting))
         else:
             if not reachable(huggingface_hub.constants.ENDPOINT):  # else each request is repeated for half a minute
                 if revision is not None:  # the cache does not say of which revision it is
                     raise ConnectionError(f"{huggingface_hub.constants.ENDPOINT} cannot be reached")
                 huggingface_hub.constants.HF_HUB_OFFLINE = True
             found = datasets.load_dataset(path, name, revision=revision)
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         at = "" if revision is None else f" --revision {revision}"
         where = "it cannot be read as a dataset (data_config names a configuration)"
@@ -60,8 +68,77 @@ def load_splits(path: str, name: str | None = None, revision: str | None = None)
                 f"without network, run `hf download {path} --repo-type dataset{at} --local-dir FOLDER` elsewhere, copy "
                 "the folder here and set data_path to it"
             )
-        raise ConfigError(f"data_path is {path!r}: {where} ({type(error).__name__}: {str(error)[:300]})") from error
+        raise ConfigError(f"{setting} is {path!r}: {where} ({type(error).__name__}: {str(error)[:300]})") from error
     return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def local_files(folder: Path, name: str | None, setting: str = "data_path") -> dict[str, Any]:
+    """The arguments by which `datasets.load_dataset` takes a folder; the log names files that it leaves out.
+
+    Where there is parquet, it is the data set. Its files belong to the splits that a data card or their names say, and
+    all others to train.
+
+    Raises:
+        ConfigError: A parquet file is damaged, or the class names of a column differ between two.
+    """
+    import datasets
+
+    names = sorted(glob.glob("**", root_dir=folder, recursive=True), key=natural_key)  # through links; none hidden
+    files = [folder / name for name in names if (folder / name).is_file()]
+    parquet = [file for file in files if file.suffix.lower() == ".parquet"]
+    card = folder / "README.md"
+    has_card = card.is_file() and card.read_text(errors="replace").startswith("---")
+    if has_card:
+        has_card = "configs" in huggingface_hub.DatasetCard.load(card).data.to_dict()
+    if parquet and not has_card:
+        if name not in (None, "default"):
+            raise ConfigError(f"data_config is {name!r}, but {folder} has no data card (README.md) with configs")
+        splits: dict[str, list[str]] = {}
+        for file in parquet:
+            splits.setdefault(split_of(file.relative_to(folder)), []).append(glob.escape(str(file)))
+        if len(splits) > 1:
+            shown = "; ".join(f"{split} has {len(of)} ({Path(of[0]).name})" for split, of in splits.items())
+            log.info("%s %s: parquet files by split: %s", setting, folder, shown)
+        taken, arguments = set(parquet), dict(path="parquet", data_files=splits)
+    else:
+        builder = datasets.load_dataset_builder(str(folder), name)
+        taken = {Path(file).resolve() for of_split in (builder.config.data_files or {}).values() for file in of_split}
+        taken, arguments = {file for file in files if file.resolve() in taken}, dict(path=str(folder), name=name)
+    kinds = {file.suffix for file in taken} | {".parquet", *EXTENSIONS}
+    left_out = [file for file in files if file not in taken and file.suffix.lower() in kinds]
+    if left_out:
+        shown = ", ".join(str(file.relative_to(folder)) for file in left_out[:5])
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        log.warning("%s %s: %d files are left out: %s%s", setting, folder, len(left_out), shown, more)
+    first: dict[str, tuple[Path, list[str]]] = {}
+    for file in (file for file in parquet if file in taken):
+        try:
+            features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
+        except pyarrow.ArrowInvalid as error:
+            raise ConfigError(f"{file} cannot be read as parquet ({error}): copy it again") from error
+        for column, feature in features.items():
+            if isinstance(feature, datasets.ClassLabel):
+                other, names = first.setdefault(column, (file, feature.names))
+                if names != feature.names:
+                    raise ConfigError(
+                        f"the class names of the column {column} are {names} in {other}, but {feature.names} in "
+                        f"{file}: write the files anew with the same names, in the same order"
+                    )
+    return arguments
+
+
+def split_of(file: Path) -> str:
+    """The split that the name of a file says, or that of a folder above it; train if none does.
+
+    It is a word of the name, such as `val` of `faces-val-0`; in a folder `data` all that is before `-00000-of-00002`.
+    """
+    if file.parent.name == "data" and (match := re.match(r"([\w.]+)-\d{5}-of-\d{5}", file.name)):
+        return match[1]
+    for part in reversed(file.with_suffix("").parts):
+        for word in re.split(r"[-._ 0-9]+", part.lower()):
+            if word in SPLITS:
+                return SPLITS[word]
+    return "train"
 
 
 def image_column(features: dict[str, Any], wanted: str | None) -> str:
@@ -81,16 +158,17 @@ def image_column(features: dict[str, Any], wanted: str | None) -> str:
 
 
 def read_labels(
-    rows: Any, column: str | None, classes: list[str] | None = None
-) -> tuple[np.ndarray | None, list[str] | None]:
-    """The class of each row (-1: none), and the names of the classes; (None, None) where there are none.
+    rows: Any, column: str | None, title: str, numbers: dict[str, int] | None = None
+) -> tuple[np.ndarray | None, dict[str, int] | None]:
+    """The class of each row (-1: none), and the number of each class; (None, None) where there are none.
 
     Args:
         column: Numbers, texts, or a ClassLabel; None: the only ClassLabel.
-        classes: The classes to count by; None: those of the column, texts and numbers sorted.
+        title: What the rows are of, for messages.
+        numbers: The classes to count by; None: those of a ClassLabel, else by the rule of `number_labels`.
 
     Raises:
-        ConfigError: There is no such column, it is of another type, or has a class that is not among `classes`.
+        ConfigError: There is no such column, it is of another type, or has a class that is not among `numbers`.
     """
     import datasets
 
@@ -98,6 +176,8 @@ def read_labels(
     if column is None:
         labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         if len(labels) != 1:
+            if labels:
+                log.warning("%s: no classes are read, since %s are ClassLabels: set label_column", title, labels)
             return None, None
         (column,) = labels
     elif column not in features:
@@ -105,21 +185,15 @@ def read_labels(
             f"label_column is {column!r}{nearest(column, features)}, but the columns are {', '.join(features)}"
         )
     values = rows.select_columns([column])[:][column]
-    names = list(features[column].names) if isinstance(features[column], datasets.ClassLabel) else None
-    if names is None:
-        if not all(isinstance(value, int | str | None) for value in values):
-            raise ConfigError(f"label_column is {column!r}, of {features[column]}, expected whole numbers or texts")
-        found = sorted({value for value in values if value is not None})
-        numbers = {value: i for i, value in enumerate(found)}
-        values, names = [numbers.get(value) for value in values], [str(value) for value in found]
-    labels = np.array([-1 if value is None else value for value in values])
-    if classes is None:
-        return labels, names
-    unknown = [name for name in names if name not in classes]
-    if unknown:
-        raise ConfigError(f"the validation images have the class {unknown[0]!r}, which the training images do not have")
-    order = np.array([classes.index(name) for name in names] + [-1])  # the last for -1
-    return order[labels], classes
+    if isinstance(features[column], datasets.ClassLabel):
+        names = features[column].names
+        values = [None if value is None or value < 0 else names[value] for value in values]
+        numbers = numbers or {name: i for i, name in enumerate(names)}
+    elif not all(
+        isinstance(value, int | str | None) or (isinstance(value, float) and not value % 1 > 0) for value in values
+    ):
+        raise ConfigError(f"label_column is {column!r}, of {features[column]}, expected whole numbers or texts")
+    return number_labels(values, title, numbers)
 
 
 class HubImages(ImageDataset):
@@ -128,12 +202,12 @@ class HubImages(ImageDataset):
     Args:
         rows: A map-style `datasets.Dataset`.
         title: What the rows are of, for messages.
-        image_column, label_column: Columns; None: found by their types.
+        image_column: Its column of images.
         indices: Which rows, in this order; None: all.
-        classes: Names of the classes; None: those that are found.
+        labels, classes: Class of each of `rows`, and names of the classes; None: none.
 
     Raises:
-        ConfigError: There is no such column, or it holds no images.
+        ConfigError: The column holds no images.
     """
 
     def __init__(
@@ -142,9 +216,9 @@ class HubImages(ImageDataset):
         img_size: int,
         title: str,
         image_column: str,
-        label_column: str | None = None,
         indices: Sequence[int] | None = None,
-        classes: list[str] | None = None,
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] | dict[int, str] | None = None,
         **settings,
     ):
         super().__init__(img_size, **settings)
@@ -152,8 +226,7 @@ class HubImages(ImageDataset):
 
         self.title, self.column = title, image_column
         self.indices = np.arange(len(rows)) if indices is None else np.asarray(indices)
-        labels, self.classes = read_labels(rows, label_column, classes)
-        self.labels = None if labels is None else labels[self.indices]
+        self.classes, self.labels = classes, None if labels is None else labels[self.indices]
         only = rows.select_columns([image_column])
         try:
             self.rows = only.cast_column(image_column, datasets.Image(decode=False))

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,11 +16,17 @@ from torch.utils.data import Dataset
 
 from ..utils.errors import UserError
 from ..utils.random import generator, uniform_number
+from .labels import natural_key
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # no EPS: Pillow would run Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # no EPS: Pillow would run Ghostscript
+EXTENSIONS = tuple(end for end, form in Image.registered_extensions().items() if form in FORMATS)  # AVIF: if it can
+# Files that look like images, but are not read: what else Pillow knows, and what it does not.
+OTHER_IMAGES = {
+    end for end, form in Image.registered_extensions().items() if form not in (*FORMATS, "MPEG", "PDF", "HDF5")
+} | set(".avif .heic .heif .jxl .svg .exr .hdr .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split())
+OTHER_IMAGES -= set(EXTENSIONS)
 
 # A 20000 x 10000 panorama passes; decoded, it takes 4 bytes per pixel in Pillow.
 MAX_PIXELS = 250_000_000
@@ -32,6 +37,13 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB
 CELEBAHQ_SIZE = 30_000
 # Sub-folders that hold the images where the folder itself holds none: the second and third are CelebAMask-HQ's.
 IMAGE_FOLDERS = ("images", "CelebA-HQ-img", "CelebAMask-HQ/CelebA-HQ-img")
+
+# Words by which folders and files are told to be splits of a data set.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "val", "valid", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 # An image by its index, or (index, optimizer step, position in the global batch of that step).
 Item = int | tuple[int, int, int]
@@ -71,7 +83,7 @@ def list_images(folder: str | Path, setting: str = "data_path") -> list[Path]:
     If `folder` has no image directly but a sub-folder of IMAGE_FOLDERS, only that sub-folder is taken. Hidden files
     and folders are skipped; linked folders are followed, each real folder once; a broken link is named in the log. The
     order is by number if all stems are numbers (CelebA-HQ: 2.jpg before 10.jpg), else natural (a2 before a10). Where
-    images come from sub-folders, the log says from which.
+    images come from sub-folders, the log says from which. Image files of a format that is not read are counted there.
 
     Raises:
         FileNotFoundError: No such folder, or no image in it.
@@ -92,7 +104,7 @@ def list_images(folder: str | Path, setting: str = "data_path") -> list[Path]:
     def log_unreadable(error: OSError) -> None:
         logger.warning("cannot read the folder %s (%s): its images are left out", error.filename, error.strerror)
 
-    paths, seen = [], set()
+    paths, seen, others = [], set(), []
     for parent, folders, files in os.walk(root, followlinks=True, onerror=log_unreadable):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:
@@ -101,6 +113,13 @@ def list_images(folder: str | Path, setting: str = "data_path") -> list[Path]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths += [path for path in (Path(parent, name) for name in files) if _is_image_file(path)]
+        others += [Path(parent, name) for name in files if Path(name).suffix.lower() in OTHER_IMAGES and name[0] != "."]
+    if others:
+        kinds = Counter(path.suffix.lower() for path in others).most_common()
+        logger.warning(
+            "%s %s: %d files are left out, of formats that are not read: %s (such as %s); convert them, e.g. to .png",
+            setting, root, len(others), ", ".join(f"{n} {kind}" for kind, n in kinds), min(others).relative_to(root),
+        )  # fmt: skip
     if not paths:
         raise FileNotFoundError(
             f"no images in {root} or its sub-folders: expected files that end in {', '.join(EXTENSIONS)}; "
@@ -119,9 +138,7 @@ def list_images(folder: str | Path, setting: str = "data_path") -> list[Path]:
     by_number = all(path.stem.isdecimal() for path in paths)
 
     def sort_key(path: Path) -> tuple:
-        name = path.relative_to(root).as_posix()
-        parts = re.split(r"(\d+)", name.casefold())  # runs of digits, at odd places, compare as numbers
-        return int(path.stem) if by_number else 0, [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+        return int(path.stem) if by_number else 0, natural_key(path.relative_to(root).as_posix())
 
     return sorted(paths, key=sort_key)
 
@@ -219,7 +236,7 @@ def load_image(path: str | Path | IO[bytes], min_size: int | None = None) -> Ima
     except BrokenImage:
         raise
     except UnidentifiedImageError:
-        raise BrokenImage(path, "empty, damaged, or not a JPEG, PNG, WebP, BMP, TIFF or GIF image") from None
+        raise BrokenImage(path, "empty, damaged, or not a JPEG, PNG, WebP, BMP, TIFF, GIF or AVIF image") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and others
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # too many open files: not the image's fault
             raise
@@ -314,14 +331,14 @@ class ImageDataset(Dataset):
 
     Attributes:
         labels: Class of each image, -1 for none; None if the images have no classes.
-        classes: Names of the classes; None likewise.
+        classes: Name of each class by its number: a list, or a dict where not all numbers occur; None likewise.
 
     Raises:
         NoReadableImage: On access, if no image can be read.
     """
 
     labels: Sequence[int] | None = None
-    classes: Sequence[str] | None = None
+    classes: Sequence[str] | dict[int, str] | None = None
 
     def __init__(
         self,
@@ -456,7 +473,7 @@ class ImageFolderDataset(ImageDataset):
         paths: Sequence[str | Path],
         img_size: int,
         labels: Sequence[int] | None = None,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] | dict[int, str] | None = None,
         **settings,
     ):
         super().__init__(img_size, **settings)

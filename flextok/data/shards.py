@@ -1,11 +1,15 @@
 """Images of WebDataset's tar shards, read in any order by an index that is built once.
 
-The index of a shard says where each image lies in it, and lies beside it (`NAME.index.npz`), or in the cache folder
-where that is not for writing. It holds the shard's size and time, and is built anew when they change.
+The index of a shard says where each image lies in it and what is left out, and lies beside it (`NAME.index.npz`), or in
+the cache folder where that is not for writing. It holds the shard's size and time, and is built anew when they change.
+
+Names are read as WebDataset reads them: the key of a sample ends at the first dot of a file's name, what follows is the
+kind of the file.
 """
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -13,11 +17,13 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import socket
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -26,14 +32,18 @@ from tqdm.auto import tqdm
 from ..utils.config import ConfigError
 from ..utils.errors import UserError
 from ..utils.processes import from_first
-from .images import BrokenImage, ImageDataset, digest, load_image, probe
+from .images import EXTENSIONS, OTHER_IMAGES, BrokenImage, ImageDataset, digest, load_image, probe
+from .labels import natural_key
 
 log = logging.getLogger("flextok")
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 LABEL_KEYS = ("cls", "json")
 JSON_LABELS = ("label", "cls", "class")  # in a sample's json, the first that is there
-VERSION = 1
+ARCHIVE = re.compile(r"\.(tar|tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+IMAGE_ENDS = OTHER_IMAGES.union(EXTENSIONS)
+OTHER_FILES = "other files"  # captions and the like
+VERSION = 2
 
 
 class ShardError(UserError, ValueError):
@@ -42,16 +52,22 @@ class ShardError(UserError, ValueError):
 
 @dataclasses.dataclass
 class ShardIndex:
-    """The images of a shard, or of several: N keys and labels as bytes, and where each lies in which file."""
+    """The images of a shard: N keys and labels (empty: none) as bytes, and where each lies.
+
+    `left_out` is a text, JSON: by reason, how many files of the shard are not taken, and the name of one.
+    """
 
     keys: np.ndarray
     labels: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
+    left_out: np.ndarray
 
 
 def shard_paths(shards: str | Sequence[str], setting: str = "data_path") -> list[Path]:
     """The files that a setting means: a path with braces ({000000..000146}), a folder of tars, or a list of either.
+
+    Of a folder those that end in .tar, in any case; the log counts compressed ones, and those of its sub-folders.
 
     Raises:
         ConfigError, FileNotFoundError: Not files on this machine, or not there.
@@ -63,7 +79,21 @@ def shard_paths(shards: str | Sequence[str], setting: str = "data_path") -> list
                 f"{setting} is {text}: shards are read in any order, so they have to be files; mount or copy them"
             )
         for path in map(Path, expanded(os.path.expanduser(text), setting)):
-            paths += sorted(path.glob("*.tar")) if path.is_dir() else [path]
+            if not path.is_dir():
+                paths.append(path)
+                continue
+            names = glob.glob("**", root_dir=path, recursive=True)
+            found = [path / name for name in names if ARCHIVE.search(name) and (path / name).is_file()]
+            plain = [file for file in found if file.suffix.lower() == ".tar"]
+            taken = sorted((file for file in plain if file.parent == path), key=lambda file: natural_key(file.name))
+            if len(taken) < len(found):
+                log.warning(
+                    "%s %s: %d archives are left out (such as %s): %d compressed, which have to be unpacked to plain "
+                    ".tar, and %d of sub-folders, which have to be named in a list",
+                    setting, path, len(found) - len(taken), min(set(found) - set(taken)).relative_to(path),
+                    len(found) - len(plain), len(plain) - len(taken),
+                )  # fmt: skip
+            paths += taken
     missing = [path for path in paths if not path.is_file()]
     if missing or not paths:
         what = f"{missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else (missing or [shards])[0]
@@ -87,50 +117,95 @@ def expanded(text: str, setting: str) -> list[str]:
         ) from error
 
 
+def members(path: Path) -> Iterator[tuple[int, tarfile.TarInfo, BinaryIO]]:
+    """What a tar file holds, or several that were joined: the archive's number, the member, and the open file."""
+    with open(path, "rb") as file:
+        for archive in itertools.count():
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    tar.members.clear()  # type: ignore[attr-defined]  # which would grow with the shard
+                    yield archive, member, file
+            file.seek(tar.offset)
+            block = file.read(tarfile.BLOCKSIZE)
+            if block != bytes(tarfile.BLOCKSIZE):  # tarfile ends there without a word
+                raise tarfile.ReadError("it ends without the mark of an end")
+            while block and not block.strip(b"\0"):
+                block = file.read(tarfile.BLOCKSIZE)
+            if not block:
+                return
+            file.seek(-len(block), os.SEEK_CUR)
+
+
+def read_label(kind: str, content: bytes) -> str:
+    """The label in a sample's `cls` or `json`, empty for none; raises ValueError if it cannot be read."""
+    if kind == "cls":
+        return content.decode().strip()
+    entry = json.loads(content)
+    entry = entry if isinstance(entry, dict) else {}
+    label = next((entry[name] for name in JSON_LABELS if entry.get(name) is not None), "")
+    if isinstance(label, dict | list):
+        raise ValueError(f"{str(label)[:40]} is neither a number nor a text")
+    return "" if label != label else str(label).strip()  # NaN
+
+
 def read_shard(path: Path) -> ShardIndex:
-    """Look through a tar file for images and their labels.
+    """Look through a shard for images and their labels: `cls`, or else `json`; one that cannot be read is none.
 
     Raises:
-        ShardError: It is damaged or compressed, two samples have one key, or a name climbs out of its folder.
+        ShardError: It is damaged or compressed, two images have one key, or a name climbs out of its folder.
     """
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, str] = {}
+    places: dict[tuple[int, str], tuple[int, int]] = {}  # of all files, by archive and name
+    images: dict[tuple[int, str], tuple[int, int]] = {}  # by archive and key
+    labels: dict[str, dict[tuple[int, str], str]] = {kind: {} for kind in LABEL_KEYS}
+    left_out: dict[str, list] = {}
+
+    def leave_out(reason: str, name: str) -> None:
+        left_out.setdefault(reason, [0, name])[0] += 1
+
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # which would grow with the shard
-                name = PurePosixPath(member.name)
-                if not member.isfile() or name.name.startswith("."):
-                    continue
-                if name.is_absolute() or ".." in name.parts:
-                    raise ShardError(f"{path}: the name {member.name!r} climbs out of its folder: make the shard again")
-                stem, _, kind = name.name.partition(".")
-                key, kind = str(name.with_name(stem)), kind.lower()
-                if kind in IMAGE_KEYS:
-                    if key in images:
-                        raise ShardError(f"{path}: two samples have the key {key!r}: make the shard again")
-                    images[key] = member.offset_data, member.size
-                elif kind in LABEL_KEYS:
-                    tar.fileobj.seek(member.offset_data)
-                    label = tar.fileobj.read(member.size).decode()
-                    if kind == "json":
-                        entry = json.loads(label)
-                        entry = entry if isinstance(entry, dict) else {}
-                        label = next((entry[name] for name in JSON_LABELS if name in entry), None)
-                    if label is not None:
-                        labels[key] = str(label).strip()
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile ends there without a word
-                raise tarfile.ReadError("it ends without the mark of an end")
-    except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        for archive, member, file in members(path):
+            name = PurePosixPath(member.name)
+            if member.isdir() or name.name.startswith("."):
+                continue
+            if name.is_absolute() or ".." in name.parts:
+                raise ShardError(f"{path}: the name {member.name!r} climbs out of its folder: make the shard again")
+            place = places.get((archive, member.linkname)) if member.islnk() else (member.offset_data, member.size)
+            if place is None or member.issparse() or not (member.isreg() or member.islnk()):
+                links = "symbolic links" if member.issym() else "hard links to files that are not there"
+                leave_out(links if member.issym() or member.islnk() else "sparse or special files", member.name)
+                continue
+            places[archive, member.name] = place
+            stem, _, kind = name.name.partition(".")
+            key, kind = (archive, str(name.with_name(stem))), kind.lower()
+            if kind in IMAGE_KEYS:
+                if key in images:
+                    raise ShardError(f"{path}: two images have the key {key[1]!r}: make the shard again")
+                images[key] = place
+            elif kind in LABEL_KEYS:
+                file.seek(place[0])
+                try:
+                    labels[kind][key] = read_label(kind, file.read(place[1]))
+                except ValueError as error:
+                    leave_out("labels that cannot be read", f"{member.name}: {error}")
+            elif name.suffix.lower() not in IMAGE_ENDS:
+                leave_out(OTHER_FILES, member.name)
+            elif "." in kind:
+                leave_out("images with a second dot in their names, where the key ends at the first dot", member.name)
+            else:
+                leave_out(f"images that are none of {', '.join(IMAGE_KEYS)}", member.name)
+    except (tarfile.TarError, OSError, EOFError) as error:
         raise ShardError(
             f"{path} cannot be read as a shard ({type(error).__name__}: {error}): it is cut, damaged or compressed; "
             "copy it again, or unpack it to a plain .tar"
         ) from error
-    places = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
-    texts = [[key.encode() for key in images], [labels.get(key, "").encode() for key in images]]
-    keys, values = (np.array(text, dtype=bytes) for text in texts)
-    return ShardIndex(keys, values, places[:, 0], places[:, 1])
+    for key in labels["json"] | labels["cls"]:
+        if key not in images:
+            leave_out("labels without an image", key[1])
+    keys = [os.fsencode(key if archive == 0 else f"{key} of archive {archive + 1}") for archive, key in images]
+    texts = [(labels["cls"].get(key) or labels["json"].get(key, "")).encode(errors="replace") for key in images]
+    where = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
+    to_bytes = lambda values: np.array(values, dtype=bytes)  # noqa: E731
+    return ShardIndex(to_bytes(keys), to_bytes(texts), where[:, 0], where[:, 1], np.array(json.dumps(left_out)))
 
 
 def index_file(path: Path, cache_dir: Path) -> Path:
@@ -167,9 +242,11 @@ def build_index(path: Path, cache_dir: Path) -> None:
     os.replace(temporary, file)
 
 
-def load_indices(paths: list[Path], cache_dir: Path) -> list[ShardIndex]:
-    """The index of each shard; those that are missing or old are built first, in parallel, by the first process."""
+def load_indices(paths: list[Path], cache_dir: Path, setting: str = "data_path") -> list[ShardIndex]:
+    """The index of each shard; those that are missing or old are built first, in parallel, by the first process.
 
+    The log says what is left out of the shards.
+    """
     found = {path: load_index(path, cache_dir) for path in paths}
     missing = [path for path, index in found.items() if index is None]
 
@@ -189,6 +266,14 @@ def load_indices(paths: list[Path], cache_dir: Path) -> list[ShardIndex]:
     if not any(len(index.keys) for index in indices):
         others = "" if len(paths) == 1 else f" and {len(paths) - 1} more"
         raise ShardError(f"{paths[0]}{others} hold no images: expected files {', '.join(IMAGE_KEYS)}")
+    left_out: dict[str, list] = {}
+    for path, index in zip(paths, indices, strict=True):
+        for reason, (n, name) in json.loads(index.left_out.item()).items():
+            left_out.setdefault(reason, [0, f"{path.name}/{name}"])[0] += n
+    if left_out:
+        shown = "; ".join(f"{n} {reason} (such as {name})" for reason, (n, name) in left_out.items())
+        level = logging.INFO if left_out.keys() == {OTHER_FILES} else logging.WARNING
+        log.log(level, "%s: not taken from the shards are %s", setting, shown)
     return indices
 
 
@@ -198,11 +283,8 @@ class ShardImages(ImageDataset):
     Args:
         paths: The shards.
         index: One for each.
-        classes: Names of the classes; None: none.
+        labels, classes: Class of each image of all shards, and names of the classes; None: none.
         chosen: Which images, in this order, counted over all shards; None: all.
-
-    Raises:
-        ConfigError: There are labels that are not among `classes`.
     """
 
     def __init__(
@@ -210,7 +292,8 @@ class ShardImages(ImageDataset):
         paths: list[Path],
         index: list[ShardIndex],
         img_size: int,
-        classes: list[str] | None = None,
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] | dict[int, str] | None = None,
         chosen: Sequence[int] | None = None,
         **settings,
     ):
@@ -219,8 +302,8 @@ class ShardImages(ImageDataset):
         self.chosen = np.arange(sum(counts)) if chosen is None else np.asarray(chosen)
         join = lambda name: np.concatenate([getattr(of_shard, name) for of_shard in index])[self.chosen]  # noqa: E731
         self.shards = np.repeat(np.arange(len(paths), dtype=np.int32), counts)[self.chosen]
-        self.keys, self.offsets, self.sizes, labels = map(join, ("keys", "offsets", "sizes", "labels"))
-        self.classes, self.labels = classes, None if classes is None else numbered(labels, classes)
+        self.keys, self.offsets, self.sizes = map(join, ("keys", "offsets", "sizes"))
+        self.classes, self.labels = classes, None if labels is None else labels[self.chosen]
         self._files: dict[int, int] = {}  # descriptors of the shards read last
 
     def __len__(self) -> int:
@@ -241,7 +324,7 @@ class ShardImages(ImageDataset):
         return load_image(io.BytesIO(content), self.min_size)
 
     def name(self, index: int) -> str:
-        return f"{self.paths[self.shards[index]]}/{self.keys[index].decode()}"
+        return f"{self.paths[self.shards[index]]}/{os.fsdecode(self.keys[index])}"
 
     def identity(self) -> str:
         """Fingerprint of names and sizes of the shards, which images, img_size and crop."""
@@ -257,25 +340,6 @@ class ShardImages(ImageDataset):
         return {**vars(self), "_files": {}}
 
 
-def class_names(index: list[ShardIndex]) -> list[str] | None:
-    """The classes of all images of some shards: whole numbers in their order, else names, sorted; None without labels.
-
-    An image without a label means that there are none.
-    """
-    labels = sorted(set(itertools.chain.from_iterable(np.unique(of_shard.labels).tolist() for of_shard in index)))
-    if b"" in labels:
-        return None
-    texts = [label.decode() for label in labels]
-    if all(text.isdecimal() and len(text) < 6 and text == str(int(text)) for text in texts):
-        return [str(i) for i in range(max(map(int, texts)) + 1)]
-    return texts
-
-
-def numbered(labels: np.ndarray, classes: list[str]) -> np.ndarray:
-    """Labels as numbers of `classes`; raises ConfigError for one that is not among them."""
-    names, places = np.unique(labels, return_inverse=True)
-    numbers = {name.encode(): i for i, name in enumerate(classes)}
-    unknown = [name.decode() for name in names.tolist() if name not in numbers]
-    if unknown:
-        raise ConfigError(f"the label {unknown[0]!r} of val_path is none of the {len(classes)} classes of data_path")
-    return np.array([numbers[name] for name in names.tolist()], dtype=np.int32)[places]
+def shard_labels(index: list[ShardIndex]) -> list[str]:
+    """The label of each image of some shards, empty for none."""
+    return [label.decode() for of_shard in index for label in of_shard.labels.tolist()]

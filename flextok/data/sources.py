@@ -6,7 +6,8 @@ from typing import Any
 
 from ..utils.config import ConfigError
 from .digits import Digits
-from .images import IMAGE_FOLDERS, ImageDataset, ImageFolderDataset, list_images, split_indices, split_paths
+from .images import IMAGE_FOLDERS, SPLITS, ImageDataset, ImageFolderDataset, list_images, split_indices, split_paths
+from .labels import class_names, number_labels
 from .photos import PhotoCrops
 
 log = logging.getLogger("flextok")
@@ -58,12 +59,18 @@ def build_datasets(config: Any) -> tuple[ImageDataset, ImageDataset | None]:
     else:
         train_paths, val_paths, _ = split_paths(paths, name, config.val_fraction, SPLIT_SEED)
         check_split(config, len(paths), len(val_paths))
+    root = class_root(paths, config.data_path)
+    if name in ("folder", "imagefolder"):
+        check_splits(paths if name == "imagefolder" else train_paths, root, name)
     if name == "imagefolder":
-        root = class_root(paths, config.data_path)
-        classes = class_folders(paths, root)
+        _, numbers = number_labels(class_folders(paths, root), "data_path")
         val_root = class_root(val_paths, config.val_path) if config.val_path else root
-        train_settings |= dict(classes=classes, labels=labels_of(train_paths, root, classes))
-        val_settings |= dict(classes=classes, labels=labels_of(val_paths, val_root, classes))
+        for of_split, title, files, folder in (
+            (train_settings, "data_path", train_paths, root),
+            (val_settings, "val_path", val_paths, val_root),
+        ):
+            labels, _ = number_labels(class_folders(files, folder), title, numbers)
+            of_split |= dict(classes=class_names(numbers), labels=labels)
     train = ImageFolderDataset(train_paths, size, **train_settings)
     return train, ImageFolderDataset(val_paths, size, **val_settings) if val_paths else None
 
@@ -100,35 +107,41 @@ def class_root(paths: list[Path], given: str) -> Path:
     return next((folder for folder in inner if all(folder in path.parents for path in paths)), root)
 
 
+def check_splits(paths: list[Path], root: Path, dataset_name: str) -> None:
+    """Refuse train/, val/ and test/ as classes; warn where images of all of them are trained on."""
+    folders = {path.relative_to(root).parts[0] for path in paths if path.parent != root}
+    found = {name: SPLITS[name.lower()] for name in sorted(folders) if name.lower() in SPLITS}
+    if not {"train"} < set(found.values()):
+        return
+    of_split = {split: root / name for name, split in found.items()}
+    others = [name for name, split in found.items() if split != "train"]
+    advice = f"set data_path: {of_split['train']} and val_path: {of_split.get('validation', root / others[0])}"
+    if dataset_name == "imagefolder":
+        raise ConfigError(f"data_path: the sub-folders {', '.join(found)} of {root} are splits, not classes: {advice}")
+    log.warning(
+        "data_path %s: the images of its sub-folders %s are trained on, too; %s", root, " and ".join(others), advice
+    )
+
+
 def class_folders(paths: list[Path], root: Path) -> list[str]:
-    """The classes of images: names of the sub-folders of `root` that they are in, sorted."""
+    """The class of each image: the name of the sub-folder of `root` that it is in."""
     for path in paths:
         if path.parent == root:
             raise ConfigError(
                 f"dataset_name is imagefolder, but {path.name} lies in {root} itself: expected a sub-folder for each "
                 "class; dataset_name: folder takes images without classes"
             )
-    return sorted({path.relative_to(root).parts[0] for path in paths})
-
-
-def labels_of(paths: list[Path], root: Path, classes: list[str]) -> list[int]:
-    """The class of each image, by its sub-folder of `root`."""
-    numbers = {name: i for i, name in enumerate(classes)}
-    names = [path.relative_to(root).parts[0] for path in paths]
-    unknown = sorted(set(names) - numbers.keys())
-    if unknown:
-        raise ConfigError(f"val_path has the class {unknown[0]}, which data_path has no folder of")
-    return [numbers[name] for name in names]
+    return [path.relative_to(root).parts[0] for path in paths]
 
 
 def hub_datasets(config: Any, train_settings: dict, val_settings: dict) -> tuple[ImageDataset, ImageDataset | None]:
     """Splits of a Hugging Face dataset; without one for validation, val_fraction of the training split."""
-    from .hub import VALIDATION_SPLITS, HubImages, image_column, load_splits
+    from .hub import VALIDATION_SPLITS, HubImages, image_column, load_splits, read_labels
 
     splits = load_splits(config.data_path, config.data_config, config.data_revision)
     train_split, val_split, val_splits, val_title = config.train_split, config.val_split, splits, config.data_path
     if config.val_path:
-        val_splits, val_title = load_splits(config.val_path), config.val_path
+        val_splits, val_title = load_splits(config.val_path, setting="val_path"), config.val_path
         val_split = val_split or (next(iter(val_splits)) if len(val_splits) == 1 else None)
     if val_split is None:
         val_split = next((s for s in VALIDATION_SPLITS if s in val_splits and s != train_split), None)
@@ -140,42 +153,48 @@ def hub_datasets(config: Any, train_settings: dict, val_settings: dict) -> tuple
             f"train_split and val_split are both {train_split!r}: a run does not validate what it trains on"
         )
     column = image_column(splits[train_split].features, config.image_column)
-
-    def images(rows: Any, title: str, settings: dict, indices: list[int] | None = None, classes=None) -> HubImages:
-        return HubImages(
-            rows, config.img_size, title, column, config.label_column, indices=indices, classes=classes, **settings
-        )
-
     title = f"{config.data_path} ({train_split})"
+    labels, numbers = read_labels(splits[train_split], config.label_column, title)
+    classes = class_names(numbers)
+
+    def images(split: Any, title: str, settings: dict, **others: Any) -> HubImages:
+        return HubImages(split, config.img_size, title, column, classes=classes, **settings, **others)
+
     if val_split is not None and len(val_splits[val_split]):
-        train = images(splits[train_split], title, train_settings)
-        val_title = f"{val_title} ({val_split})"
-        return train, images(val_splits[val_split], val_title, val_settings, classes=train.classes)
+        val_title, val_labels = f"{val_title} ({val_split})", None
+        if numbers is not None:
+            val_labels, _ = read_labels(val_splits[val_split], config.label_column, val_title, numbers)
+        train = images(splits[train_split], title, train_settings, labels=labels)
+        return train, images(val_splits[val_split], val_title, val_settings, labels=val_labels)
     n = len(splits[train_split])
     chosen, val_chosen = split_indices(n, config.val_fraction, SPLIT_SEED)
     check_split(config, n, len(val_chosen))
-    val = images(splits[train_split], title, val_settings, val_chosen) if val_chosen else None
-    return images(splits[train_split], title, train_settings, chosen), val
+    val = images(splits[train_split], title, val_settings, labels=labels, indices=val_chosen) if val_chosen else None
+    return images(splits[train_split], title, train_settings, labels=labels, indices=chosen), val
 
 
 def shard_datasets(config: Any, train_settings: dict, val_settings: dict) -> tuple[ImageDataset, ImageDataset | None]:
     """Images of tar shards: those of val_path validate, or val_fraction of those of data_path."""
-    from .shards import ShardImages, class_names, load_indices, shard_paths
+    from .shards import ShardImages, load_indices, shard_labels, shard_paths
 
     paths, cache_dir = shard_paths(config.data_path), Path(config.cache_dir)
     val_paths = shard_paths(config.val_path, "val_path") if config.val_path else []
     if val_paths:
         paths = without_validation(paths, val_paths)
     index = load_indices(paths, cache_dir)
-    classes = class_names(index)
+    labels, numbers = number_labels(shard_labels(index), "data_path")
+    of_train = dict(labels=labels, classes=class_names(numbers), **train_settings)
     if val_paths:
-        val_index = load_indices(val_paths, cache_dir)
-        train = ShardImages(paths, index, config.img_size, classes, **train_settings)
-        return train, ShardImages(val_paths, val_index, config.img_size, classes, **val_settings)
+        val_index = load_indices(val_paths, cache_dir, "val_path")
+        train = ShardImages(paths, index, config.img_size, **of_train)
+        val_labels, _ = number_labels(shard_labels(val_index), "val_path", numbers) if numbers else (None, None)
+        val_settings |= dict(labels=val_labels, classes=train.classes)
+        return train, ShardImages(val_paths, val_index, config.img_size, **val_settings)
     n = sum(len(of_shard.keys) for of_shard in index)
     chosen, val_chosen = split_indices(n, config.val_fraction, SPLIT_SEED)
     check_split(config, n, len(val_chosen))
-    train = ShardImages(paths, index, config.img_size, classes, chosen=chosen, **train_settings)
+    train = ShardImages(paths, index, config.img_size, chosen=chosen, **of_train)
     if not val_chosen:
         return train, None
-    return train, ShardImages(paths, index, config.img_size, classes, chosen=val_chosen, **val_settings)
+    val_settings |= dict(labels=labels, classes=train.classes)
+    return train, ShardImages(paths, index, config.img_size, chosen=val_chosen, **val_settings)

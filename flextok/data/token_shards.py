@@ -29,7 +29,7 @@ def shard_path(folder: Path, shard: int, format: str) -> Path:
 
 def token_dtype(codebook_size: int) -> np.dtype:
     """The smallest integers that hold every token; for published models (64,000 codes) uint16."""
-    return np.dtype(np.uint16 if codebook_size <= 1 << 16 else np.int32)
+    return np.dtype(np.uint16 if codebook_size <= 1 << 16 else np.int32 if codebook_size <= 1 << 31 else np.int64)
 
 
 def import_pyarrow() -> Any:
@@ -64,12 +64,13 @@ def write_shard(path: Path, tokens: np.ndarray, index: Sequence[int], labels: Se
 class TokenShards(Dataset):
     """The tokens that `python -m flextok.data.tokens` wrote into a folder, one item per image.
 
-    An item is a dict: `tokens` long [views, L], `index` of the image in its data set, and `label` where there are
-    classes. Safetensors are read row by row, Parquet files whole, when they are first needed.
+    An item is a dict: `tokens` long [views, L], `index` of the image in its data set, and, where there are classes,
+    `label`: the data set's own number of its class, or -1 for none. Safetensors are read row by row, Parquet files
+    whole, when they are first needed.
 
     Attributes:
         meta: What the tokens are of: see README_OPERATIONS.md.
-        index, labels: Of all images, int64 [N]; labels may be None.
+        index, labels: Of all images, int64 [N]; labels are None where the data set has no classes.
 
     Raises:
         FileNotFoundError: The folder holds no tokens.

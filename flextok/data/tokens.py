@@ -120,11 +120,11 @@ def claim_folder(folder: Path, meta: dict[str, Any], names: Callable[[], list[st
     Raises:
         UserError: It holds tokens of something else.
     """
-    file = folder / META
+    file, meta = folder / META, json.loads(json.dumps(meta))  # as it is read: keys are texts
     if file.is_file():
         there = read_json_object(file)
         for key, value in meta.items():
-            if there.get(key) != value and key not in MAY_DIFFER:
+            if there.get(key, value) != value and key not in MAY_DIFFER:
                 raise UserError(
                     f"{folder} holds tokens of {there.get('model')} with {key} {there.get(key)!r}, now it is "
                     f"{value!r}: give another --output, or the same model, data and options to go on"
@@ -168,8 +168,9 @@ def write_tokens(
                     parts.append(tokenizer(views, index))
                 indices += index
                 progress.update(len(index) + len(broken))
-            labels = [label(i) for i in indices] if meta["has_labels"] else None
-            write_shard(shard_path(folder, shard, meta["format"]), np.concatenate(parts), indices, labels)
+            labels = [-1 if (number := label(i)) is None else number for i in indices]
+            file = shard_path(folder, shard, meta["format"])
+            write_shard(file, np.concatenate(parts), indices, labels if meta["has_labels"] else None)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -246,6 +247,7 @@ def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device
     crops = Crops(dataset, img_size, arguments.crops)
 
     # What they are, by which a folder is known
+    unlabelled = sum(dataset.label(i) is None for i in range(len(dataset)))
     views = list(CROPS[: arguments.crops])
     meta = {
         "model": arguments.model, "weights": model_digest(model), "codebook_size": model.regularizer.codebook_size,
@@ -255,7 +257,7 @@ def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device
         "format": arguments.format, "shard_size": arguments.shard_size,
         "dataset_name": config.dataset_name, "data_path": config.data_path, "split": arguments.split or "train",
         "n_images": len(dataset), **fingerprint(dataset),
-        "has_labels": dataset.label(0) is not None, "classes": dataset.classes,
+        "has_labels": unlabelled < len(dataset), "unlabelled": unlabelled, "classes": dataset.classes,
         "n_shards": -(-len(dataset) // arguments.shard_size),
     }  # fmt: skip
     names = lambda: [dataset.name(i) for i in range(len(dataset))]  # noqa: E731
