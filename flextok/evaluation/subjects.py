@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 
 from ..data.digits import Digits
 from ..data.images import ImageDataset, ImageFolderDataset, digest, list_images
+from ..data.labels import class_names, number_labels
 from ..data.photos import PhotoCrops
 from ..data.sources import build_datasets
 from ..flextok_wrapper import CONFIG_NAME, FlexTok, FlexTokFromHub, load_model_from_safetensors
@@ -179,16 +180,10 @@ def _folder(data: str, img_size: int) -> ImageFolderDataset:
     """The images of a folder; those of a folder in it are a class, those beside such folders have none."""
     dataset = ImageFolderDataset(list_images(data), img_size)
     folders = [Path(name).parent.as_posix() for name in dataset.names]
-    classes = sorted(set(folders) - {"."}, key=_natural)
-    if len(classes) > 1:
-        numbers = {name: i for i, name in enumerate(classes)}
-        dataset.classes, dataset.labels = classes, [numbers.get(name, -1) for name in folders]
+    if len(set(folders) - {"."}) > 1:
+        dataset.labels, numbers = number_labels([None if name == "." else name for name in folders], data)
+        dataset.classes = class_names(numbers)
     return dataset
-
-
-def _natural(name: str) -> list:
-    """A key by which 2 comes before 10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _photos(split: str, img_size: int, n: int) -> ImageSet:

@@ -136,7 +136,8 @@ class TrainConfig(BaseModel):
     image_column: str | None = None
     """`hf`: column of the images; null: the only one of that type."""
     label_column: str | None = None
-    """`hf`: column of the classes; null: the only one of type ClassLabel, if any."""
+    """`hf`: column of the classes; null: the only one of type ClassLabel, if any. Whole numbers keep their value, texts
+    are numbered in natural order."""
     img_size: Count = 256
     """Side of the square training images in pixels."""
     use_augmentation: bool = True
