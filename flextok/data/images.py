@@ -20,12 +20,14 @@ from .labels import natural_key
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # no EPS: Pillow would run Ghostscript
-EXTENSIONS = tuple(end for end, form in Image.registered_extensions().items() if form in FORMATS)  # AVIF: if it can
+KNOWN = Image.registered_extensions()  # format by extension; loads Pillow's plugins
+# No EPS: Pillow would run Ghostscript. AVIF only where Pillow has it.
+FORMATS = tuple(form for form in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF") if form in Image.OPEN)
+EXTENSIONS = tuple(end for end, form in KNOWN.items() if form in FORMATS)
 # Files that look like images, but are not read: what else Pillow knows, and what it does not.
-OTHER_IMAGES = {
-    end for end, form in Image.registered_extensions().items() if form not in (*FORMATS, "MPEG", "PDF", "HDF5")
-} | set(".avif .heic .heif .jxl .svg .exr .hdr .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split())
+OTHER_IMAGES = {end for end, form in KNOWN.items() if form not in (*FORMATS, "MPEG", "PDF", "HDF5")} | set(
+    ".avif .heic .heif .jxl .svg .exr .hdr .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split()
+)
 OTHER_IMAGES -= set(EXTENSIONS)
 
 # A 20000 x 10000 panorama passes; decoded, it takes 4 bytes per pixel in Pillow.
