@@ -1,5 +1,6 @@
 """Memory over a long run."""
 
+import json
 import os
 import resource
 import time
@@ -38,29 +39,30 @@ def train_long(folder: Path) -> None:
     (folder / "growth").write_text(str(sizes[1] - sizes[0]))
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures the resident size as Linux tells it")
-def test_memory_does_not_grow_from_step_to_step(tmp_path):
-    process = start(train_long, tmp_path)
-    process.join()
-    assert process.exitcode == 0
-    assert float((tmp_path / "growth").read_text()) < 12  # MB
+SIZE = 200_000_000
+
+
+def measure_memory(folder: Path) -> None:
+    """Map a file, then take memory; leave what the peak was after each, in a process of which nothing else is known."""
+    (folder / "cache").write_bytes(bytes(SIZE))
+    peak = PeakMemory(torch.device("cpu"))
+    start = peak.read()
+    mapped = torch.from_file(str(folder / "cache"), size=SIZE, dtype=torch.uint8)
+    assert mapped.max() == 0  # every page of it is resident now
+    with_file = peak.read()
+    taken = torch.ones(SIZE, dtype=torch.uint8)
+    deadline = time.monotonic() + 10
+    while peak._peak[0] - start < 0.9 * SIZE and time.monotonic() < deadline:  # the thread looks without being asked
+        time.sleep(0.01)
+    del taken
+    (folder / "peaks.json").write_text(json.dumps([with_file - start, peak.read() - start]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures the memory as Linux tells it")
 def test_peak_memory_is_what_the_process_took_without_the_files_that_it_maps(tmp_path):
-    size = 200_000_000
-    (tmp_path / "cache").write_bytes(bytes(size))
-    peak = PeakMemory(torch.device("cpu"))
-    start = peak.read()
-    mapped = torch.from_file(str(tmp_path / "cache"), size=size, dtype=torch.uint8)
-    assert mapped.max() == 0  # every page of it is resident now
-    assert peak.read() - start < 0.2 * size
-    taken = torch.ones(size, dtype=torch.uint8)
-    deadline = time.monotonic() + 10
-    while peak._peak[0] - start < 0.9 * size and time.monotonic() < deadline:  # the thread looks without being asked
-        time.sleep(0.01)
-    del taken
-    assert 0.9 * size < peak.read() - start < 1.5 * size
+    start(measure_memory, tmp_path).join()
+    with_file, with_memory = json.loads((tmp_path / "peaks.json").read_text())
+    assert with_file < 0.2 * SIZE and 0.9 * SIZE < with_memory < 1.5 * SIZE
 
 
 def test_peak_memory_is_that_of_the_gpu_and_unknown_where_the_system_does_not_tell(monkeypatch, tmp_path):
