@@ -1,5 +1,6 @@
 """Whether the tokens work: the read-out, validation by token count and noise level, warnings, measured precision."""
 
+import functools
 import logging
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from tiny_runs import make_trainer, read_latest, read_metrics, run_main, settings
 
+import train_flextok
 from flextok.training import models
 from flextok.training.config import TrainConfig
 from flextok.training.token_use import tokens_warning
@@ -128,6 +130,7 @@ def test_the_measured_precision_is_kept_by_a_resume_whatever_the_machine(tmp_pat
 def test_the_study_of_fine_tuning_rates_keeps_codes_at_small_ones(tmp_path, capsys, monkeypatch):
     from flextok.evaluation import finetuning
 
+    @functools.cache
     def few_digits(*arguments):
         digits = digits_of(*arguments)
         digits.pixels, digits.names, digits.labels = digits.pixels[:32], digits.names[:32], digits.labels[:32]
@@ -135,6 +138,7 @@ def test_the_study_of_fine_tuning_rates_keeps_codes_at_small_ones(tmp_path, caps
 
     digits_of = finetuning.digits_of
     monkeypatch.setattr(finetuning, "digits_of", few_digits)
+    monkeypatch.setattr(train_flextok.FlexTokTrainer, "visualize", lambda trainer: None)  # nothing of the study
     finetuning.main(["--steps", "2", "--tuning-steps", "2", "--rates", "1e-9", "1e-1", "--output", str(tmp_path)])
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows[2:]] == ["not fine-tuned", "1e-09", "0.1"]
