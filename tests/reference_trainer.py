@@ -267,7 +267,7 @@ def reference_run(configs, model, train, val, addressed=True, encoder=None, nan_
             if start is not None:
                 metrics["val/codes_kept"] = (tokens == start).float().mean().item()
             records.append({"step": done, **metrics})
-            best = min(best, (metrics[config.best_metric], done)) if due else best
+            best = min(best, (metrics.get(config.best_metric, math.inf), done)) if due else best
         if ends or done % (config.visualize_every or total) == 0:
             n, pictured = min(config.num_psnr_images, len(val)), config.num_vis_images
             measured = columns_of(averaged, config, val, spread(n, len(val)), config.psnr_guidance_scale)
