@@ -138,7 +138,7 @@ def check_mean(measure, values, abs=2e-5):
 
 
 def frechet(x, y):
-    """|mean x - mean y|^2 + tr(A + B - 2 (A B)^(1/2)); the last trace with A = X^T X, B = Y^T Y is that of Y X^T X Y^T."""
+    """|mean x - mean y|^2 + tr(A + B - 2 (A B)^(1/2)); with A = X^T X, B = Y^T Y the last is that of Y X^T X Y^T."""
     shift = np.square(x.mean(0) - y.mean(0)).sum()
     x, y = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (x, y))
     if x.shape[1] > len(x):
