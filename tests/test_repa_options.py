@@ -66,7 +66,8 @@ def test_automatic_target_size_is_the_finer_of_encoder_and_decoder(image_size, g
     trainer = make_trainer(repa_target_size="auto", repa_image_size=image_size)
     assert trainer.repa_module.target_size == grid
     assert trainer.compute_loss(first_batch(trainer))["repa_loss"].isfinite()
-    assert auto_target_size((3, 6), (4, 4)) == (3, 6) and auto_target_size((2, 7), (4, 4)) == (4, 4)  # by positions
+    assert auto_target_size((2, 6), (5, 3)) == auto_target_size((5, 3), (6, 2)) == (5, 3)  # of more positions in all
+    assert auto_target_size((1, 9), (2, 4)) == (1, 9) and auto_target_size((3, 3), (2, 5)) == (2, 5)
 
 
 # ------------------------------------------------------------------------------------------------------------- schedule

@@ -136,9 +136,10 @@ def test_the_study_of_fine_tuning_rates_keeps_codes_at_small_ones(tmp_path, caps
         digits.pixels, digits.names, digits.labels = digits.pixels[:32], digits.names[:32], digits.labels[:32]
         return digits
 
-    digits_of = finetuning.digits_of
+    digits_of, tiny = finetuning.digits_of, TrainConfig.from_dict(settings(**DIGITS, inference_steps=1))
     monkeypatch.setattr(finetuning, "digits_of", few_digits)
     monkeypatch.setattr(train_flextok.FlexTokTrainer, "visualize", lambda trainer: None)  # nothing of the study
+    monkeypatch.setattr(finetuning, "load_config", lambda file: tiny)
     finetuning.main(["--steps", "2", "--tuning-steps", "2", "--rates", "1e-9", "1e-1", "--output", str(tmp_path)])
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows[2:]] == ["not fine-tuned", "1e-09", "0.1"]
