@@ -55,17 +55,19 @@ def make_images(n: int, height: int = 32, width: int = 32, seed: int = 1) -> tor
     return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def pillow_square(file, size: int = 32, crop: str = "center", place: float = 0.5) -> torch.Tensor:
+def pillow_square(file, size: int = 32, crop: str = "center", place: float = 0.5, window=None) -> torch.Tensor:
     """A square of an image file by Pillow and numpy alone, [3, size, size] in [-1, 1]: all of it scaled, then cropped.
 
-    `place` is where along the longer side the square lies, 0 to 1. Except for `adm`, large JPEGs are decoded at a reduced
-    size, no less than twice `size`.
+    `place` is where along the longer side the square lies, 0 to 1. Large JPEGs are decoded at a reduced size, no less
+    than twice `size`, but not for `adm`, nor where `window` gives a box for the size of an image, which is scaled.
     """
     image = Image.open(file)
-    if crop != "adm":
+    if crop != "adm" and window is None:
         image.draft("RGB", (2 * size, 2 * size))
     image = ImageOps.exif_transpose(image).convert("RGB")
-    if crop == "adm":
+    if window is not None:
+        image, x, y = image.resize((size, size), Image.Resampling.BICUBIC, box=window(image.size)), 0, 0
+    elif crop == "adm":
         while min(image.size) // 2 >= size:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         image = image.resize([round(n * size / min(image.size)) for n in image.size], Image.Resampling.BICUBIC)

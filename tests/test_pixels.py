@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import pillow_square, save_tiny_vae, tiny_model
+from helpers import pillow_square, tiny_model
 from PIL import Image
 from sklearn.datasets import load_digits
-from test_caching import latent_settings
+from test_caching import latent_settings, vae_folder  # noqa: F401
 from test_sources import hub_cache  # noqa: F401
 from test_token_export import export
 from tiny_runs import settings
 
+from flextok.data.images import random_window
 from flextok.data.loader import GlobalBatchSampler, build_loader, build_loaders, image_names
 from flextok.data.precompute import precompute
 from flextok.data.sources import build_datasets
@@ -25,9 +26,20 @@ from flextok.training.config import TrainConfig
 from flextok.training.models import load_model
 from flextok.utils.random import uniform_number
 
-# Width and height of upright pictures for squares of 32: one, two and four times that, one off each way, odd, smaller.
-SHAPES = [(64, 96), (96, 64), (63, 97), (97, 63), (65, 80), (80, 65), (64, 64), (32, 32), (33, 32), (32, 35), (17, 29),
-          (23, 11), (128, 150), (150, 128), (127, 160), (160, 127), (129, 200), (75, 110), (63, 63), (300, 70)]  # fmt: skip
+# Width and height of pictures for squares of 32: one, two and four times that, one off each way, odd, smaller.
+SHAPES = [(64, 96), (96, 64), (63, 97), (97, 63), (65, 80), (80, 65), (64, 64), (32, 32), (33, 32), (32, 35), (17, 29)]
+SHAPES += [
+    (17, 29),
+    (23, 11),
+    (128, 150),
+    (150, 128),
+    (127, 160),
+    (160, 127),
+    (129, 200),
+    (75, 110),
+    (63, 63),
+    (99, 35),
+]
 NUMBERS, BROKEN = list(range(len(SHAPES))), 6
 CLASSES = ["cat", "ant", "bee"]
 KINDS = [CLASSES[i * i % 5 % 3] for i in NUMBERS]  # cat ant ant ant ant cat ..., and bee from 20 on
@@ -177,20 +189,13 @@ def test_digits_are_those_of_their_names(split):
         assert dataset.classes[dataset.label(i)] == str(data.target[number])
 
 
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    save_tiny_vae(folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    "source, cached", [("classes", False), ("parquet", False), ("shards", False), ("classes", True), ("shards", True)]
-)
-def test_batches_of_two_epochs_hold_the_images_of_their_addresses(tmp_path, vae_folder, source, cached):
+@pytest.mark.parametrize("source", ["classes", "parquet", "shards"])
+@pytest.mark.parametrize("crop", ["random", "random_resized", "cached"])
+def test_batches_of_two_epochs_hold_the_images_of_their_addresses(tmp_path, vae_folder, source, crop):  # noqa: F811
     """From loading processes: random crops, or what is cached of an image and of its mirror image."""
+    cached = crop == "cached"
     given = latent_settings(vae_folder, **SOURCES[source](tmp_path / "data", NUMBERS, CLASSES)) | dict(
-        crop="center" if cached else "random", cache_latents=cached, repa_cache=cached, repa_encoder_dtype="fp32",
+        crop="center" if cached else crop, cache_latents=cached, repa_cache=cached, repa_encoder_dtype="fp32",
         cache_dir=str(tmp_path / "cache"), val_fraction=0.3, batch_size=2, global_batch_size=4, num_workers=2, seed=3,
     )  # fmt: skip
     config = TrainConfig.from_dict(settings(**given))
@@ -222,10 +227,10 @@ def test_batches_of_two_epochs_hold_the_images_of_their_addresses(tmp_path, vae_
             pictures, step = [], 4 * epoch + i // 2
             found += [number_of(name) for name in image_names(loader.dataset, batch.index.tolist())]
             for position, number in zip(batch.position.tolist(), found[-2:], strict=True):
-                mirrored = uniform_number(3, "flip", step, position) < 0.5
-                place = 0.5 if cached else uniform_number(3, "crop", step, position)
-                crop = "center" if cached else "random"
-                pictures.append(expected(number, mirrored, crop=crop, place=place))
+                draw = lambda name: uniform_number(3, name, step, position)  # noqa: B023, E731
+                window = lambda size: random_window(size, (0.8, 1.0), (3 / 4, 4 / 3), draw)  # noqa: B023, E731
+                how = dict(window=window) if crop == "random_resized" else dict(place=0.5 if cached else draw("crop"))
+                pictures.append(expected(number, mirrored=draw("flip") < 0.5, **how))
             assert_holds(batch, pictures)
         assert sorted(found) == sorted(served[0]) and sum(batch.size for batch in batches) == 14
         orders.append(found)
