@@ -28,18 +28,7 @@ from flextok.utils.random import uniform_number
 
 # Width and height of pictures for squares of 32: one, two and four times that, one off each way, odd, smaller.
 SHAPES = [(64, 96), (96, 64), (63, 97), (97, 63), (65, 80), (80, 65), (64, 64), (32, 32), (33, 32), (32, 35), (17, 29)]
-SHAPES += [
-    (17, 29),
-    (23, 11),
-    (128, 150),
-    (150, 128),
-    (127, 160),
-    (160, 127),
-    (129, 200),
-    (75, 110),
-    (63, 63),
-    (99, 35),
-]
+SHAPES += [(23, 11), (128, 150), (150, 128), (127, 160), (160, 127), (129, 200), (75, 110), (63, 63), (99, 35)]
 NUMBERS, BROKEN = list(range(len(SHAPES))), 6
 CLASSES = ["cat", "ant", "bee"]
 KINDS = [CLASSES[i * i % 5 % 3] for i in NUMBERS]  # cat ant ant ant ant cat ..., and bee from 20 on
