@@ -15,8 +15,6 @@ from PIL import Image
 from processes import ROOT, Script
 from tiny_runs import run_main, settings
 
-from flextok.training.config import TrainConfig
-from flextok.training.models import load_model
 from flextok.utils.config import ConfigError
 from flextok.utils.errors import UserError
 
@@ -113,7 +111,8 @@ def test_an_unreachable_hub_model_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     with pytest.raises(ConfigError, match="neither a folder, nor in the Hugging Face cache, nor can it be downloaded"):
-        load_model(TrainConfig.from_dict(settings(model=None, model_name="EPFL-VILAB/flextok_d12_d12_in1k")))
+        run_main(tmp_path, model=None, model_name="EPFL-VILAB/flextok_d12_d12_in1k", use_repa=False)
+    assert list((tmp_path / "runs").iterdir()) == []  # nothing was written
 
 
 def test_wandb_without_login_goes_offline_and_gets_the_metrics(tmp_path):
