@@ -168,6 +168,7 @@ def reference_run(configs, model, train, val, addressed=True, encoder=None, nan_
 
     Args:
         configs: TrainConfig by the step from which it is in force: {0: ..., 5: ...} stops after 5 and is resumed.
+        model: Is trained in place.
         addressed: Images come shuffled by epoch and by (index, step, position), as from flextok.data; else in order.
         encoder: REPA's.
         nan_step: Step, from 0, whose loss becomes NaN.

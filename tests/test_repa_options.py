@@ -15,7 +15,7 @@ from flextok.utils.config import ConfigError
 
 CHEAP = dict(val_token_images=0, photos_val_crops=2, repa_constant_images=4, inference_steps=1, vis_token_counts=[1])
 
-# -------------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(

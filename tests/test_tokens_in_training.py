@@ -1,4 +1,4 @@
-"""Whether the tokens work: the read-out, validation by token count and noise level, warnings, measured precision."""
+"""Whether the tokens work: the read-out, the choice of the best, warnings, measured precision, fine-tuning."""
 
 import functools
 import logging
@@ -15,7 +15,6 @@ from flextok.training.token_use import tokens_warning
 from flextok.utils.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("no_curves")
-CPU = torch.device("cpu")
 DIGITS = dict(
     model=dict(
         encoder_depth=2, decoder_depth=2, encoder_width=64, decoder_width=64, head_dim=32, n_registers=4, vae="dct",
@@ -106,9 +105,6 @@ def test_training_warns_of_tokens_that_carry_nothing_once_and_after_the_warm_up(
         trainer.validate()
         trainer.validate()
     assert caplog.text.count("the tokens carry nothing: all 8 images have the same code") == 1
-
-
-# ----------------------------------------------------------------------------------------------------------- codes kept
 
 
 # ------------------------------------------------------------------------------------------------------------ precision

@@ -147,9 +147,6 @@ def test_a_part_that_is_not_trained_stays_as_it_is(tmp_path, part):
     assert part not in [group["name"] for group in trainer.optimizer.param_groups]
 
 
-# ------------------------------------------------------------------------------------------------- batches and averages
-
-
 def test_a_run_leaves_no_loading_processes_and_goes_on_with_new_ones(tmp_path):
     trainer = make_trainer(tmp_path, use_repa=False, num_workers=2)
     for step in (2, 4):  # in mid-epoch
@@ -262,21 +259,6 @@ def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path):
 def test_a_checkpoint_of_something_else_is_refused(finished, changes, message):
     with pytest.raises(CheckpointError, match=message):
         make_trainer(**changes).load_checkpoint(finished.run_dir / "checkpoints" / "latest.pt")
-
-
-def test_export_computes_what_the_trained_model_computes(tmp_path):
-    trainer = make_trainer(tmp_path, use_repa=False)
-    trainer.train(max_steps=2)
-    images = first_batch(trainer).images
-    exported = FlexTokFromHub.from_pretrained(tmp_path / "export")
-    assert not exported.training
-    tokens = exported.tokenize(images)
-    assert all(map(torch.equal, tokens, trainer.model.tokenize(images)))
-    arguments = dict(timesteps=3, guidance_scale=2.0, perform_norm_guidance=True)
-    pictures = [
-        m.detokenize(tokens, generator=torch.Generator().manual_seed(0), **arguments) for m in (exported, trainer.model)
-    ]
-    assert torch.equal(*pictures) and pictures[0].shape == (4, 3, 32, 32)
 
 
 def test_any_checkpoint_can_be_exported_by_command(tmp_path, monkeypatch):
