@@ -193,17 +193,6 @@ def test_exif_orientation_is_applied(tmp_path, orientation, quarters):
     assert np.abs(drafted[50::100, 50::100].astype(int) - upright[200::400, 200::400]).max() < 12
 
 
-@pytest.mark.parametrize(
-    "min_size, shape", [(None, (800, 1200)), (201, (800, 1200)), (200, (400, 600)), (1, (100, 150))]
-)
-def test_large_jpegs_are_decoded_at_no_less_than_twice_the_hint(tmp_path, min_size, shape):
-    pixels = noise(2, 3).repeat(400, axis=0).repeat(400, axis=1)
-    image = read(save(tmp_path / "a.jpg", pixels, quality=95, subsampling=0), min_size=min_size)
-    assert image.shape == (*shape, 3)
-    step = shape[0] // 2
-    assert np.abs(image[step // 2 :: step, step // 2 :: step].astype(int) - pixels[200::400, 200::400]).max() < 12
-
-
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tif", "gif", "jfif", *AVIF])
 def test_truncated_files_are_broken(tmp_path, extension):
     path = save(tmp_path / f"a.{extension}", noise(50, 50))
@@ -386,27 +375,6 @@ def test_set_state_resumes_with_exactly_the_rest_of_the_epoch(step_in_epoch):
 
 
 # Loader
-
-
-def test_batches_do_not_depend_on_workers_and_leave_the_random_state_alone(folder):
-    paths, state = list_images(folder), torch.get_rng_state()
-    paths[7].write_bytes(b"")
-    dataset = ImageFolderDataset(paths, img_size=16, flip=True, crop="random", seed=3)
-    epochs = {}
-    for num_workers in (0, 2):
-        sampler = GlobalBatchSampler(len(dataset), 2, accumulation=2)
-        loader = build_loader(dataset, sampler, num_workers, "cpu")
-        for epoch in (0, 1):
-            sampler.set_state(epoch, 0)
-            epochs[num_workers, epoch] = list(loader)
-            assert len(epochs[num_workers, epoch]) == len(loader) == 6
-    for epoch in (0, 1):
-        for one, other in zip(epochs[0, epoch], epochs[2, epoch], strict=True):
-            assert one.broken == other.broken
-            assert all(torch.equal(getattr(one, key), getattr(other, key)) for key in ("images", "index", "position"))
-    assert [file.path for batch in epochs[2, 0] for file in batch.broken] == [str(paths[7])]
-    assert not torch.equal(epochs[0, 0][0].index, epochs[0, 1][0].index)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
