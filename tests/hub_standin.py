@@ -56,14 +56,6 @@ for _backbone in WIDTHS:
 """
 
 
-OLDER = HUBCONF.replace(
-    '    globals()[_backbone + "_reg"] = _entry(_backbone, 4)\n', ""
-)  # before the models with registers
-INCOMPLETE = HUBCONF.replace(
-    "import torch\n", "import torch\nfrom dinov2.hub import backbones\n", 1
-)  # without its package
-
-
 def write_repository(folder: Path) -> Path:
     """Write the repository into `folder`, e.g. `hub_dir / FOLDER`."""
     folder.mkdir(parents=True)

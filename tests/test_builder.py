@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_draws, make_images, make_noise, tiny_config, tiny_model
+from helpers import make_draws, make_images, tiny_config, tiny_model
 
 from flextok import FlexTokFromHub
 from flextok.model.builder import build_config, preset_config, with_fsq_levels
@@ -44,10 +44,16 @@ def test_a_config_of_the_golden_models_sizes_is_the_published_config():
         latent_channels=4, vae_scaling_factor=0.18215,
     )  # fmt: skip
     assert json.loads(json.dumps(built)) == built
+    more = {  # what the published constructors take, too, but this config does not say
+        "regularizer": {"drop_quant_p", "corrupt_tokens_p", "min_corrupt_tokens_p", "apply_corrupt_tokens_p"},
+        "flow_matching_noise_module": {"stratisfied"},
+        "pipeline": {"noise_read_key"},
+        "vae": {"hf_hub_path"},
+    }
 
     def compare(expected, found, place):
+        assert found.keys() - expected.keys() == more.get(place, set())
         for key, value in expected.items():
-            assert key in found, f"{place}.{key}"
             if isinstance(value, dict):
                 compare(value, found[key], f"{place}.{key}")
             elif key != "weight_init_style":  # new models start from zero
@@ -137,34 +143,6 @@ def test_the_default_layer_for_repa_exists_at_any_depth(decoder_depth, layer):
     assert "dec_patches_repa_layer" in model({"rgb": make_images(1)})
 
 
-def test_the_default_dct_coefficients_exist_in_blocks_of_any_size():
-    channels = [FlexTokFromHub(tiny_config(vae="dct", vae_factor=factor)).vae.latent_channels for factor in (1, 2, 4)]
-    assert channels == [1 + 2 * 1, 4 + 2 * 3, 10 + 2 * 3]
-
-
-def older_config(**overrides) -> dict:
-    """As builders of before wrote it: without what the constructors of then had the same defaults for."""
-    config = tiny_config(**overrides)
-    for argument in ("drop_quant_p", "corrupt_tokens_p", "min_corrupt_tokens_p", "apply_corrupt_tokens_p"):
-        del config["regularizer"][argument]
-    del config["pipeline"]["noise_read_key"]
-    config["flow_matching_noise_module"]["mode_scale"] = config["flow_matching_noise_module"]["mode_scale"] or None
-    return config
-
-
-@pytest.mark.parametrize("mode_scale", [0.25, None])
-def test_a_model_of_an_older_config_computes_the_same(mode_scale):
-    new = tiny_model(mode_scale=mode_scale).train()
-    old = FlexTokFromHub(older_config(mode_scale=mode_scale)).train()
-    load_weights(old, new.state_dict())
-    results = [model({"rgb": make_images(4), RANDOM_KEY: make_draws(4)}) for model in (new, old)]
-    for key in ("tokens", "enc_registers_quant", "sigmas", "train_keep_k", "vae_latents_reconst"):
-        assert torch.equal(results[0][key], results[1][key]), key
-    tokens, noise = results[0]["tokens"], make_noise(4, 48, 8, 8)
-    pictures = [model.detokenize(tokens, timesteps=2, noise=noise) for model in (new, old)]
-    assert torch.equal(*pictures)
-
-
 def test_preset_arguments_can_be_overridden_and_unknown_presets_name_the_nearest():
     config = preset_config("d12-d12", n_registers=64, decoder_depth=3, decoder_width=192)
     assert config["encoder"]["module_dict"]["enc_register_module"]["n_max"] == 64
@@ -185,28 +163,3 @@ def test_new_fsq_levels_change_only_two_layers_and_take_over_the_weights_of_the_
     for name, value in model.state_dict().items():
         expected = before if name.startswith(tuple(fresh)) else trained
         assert torch.equal(value, expected[name]), name
-
-
-def test_a_pixel_model_trains_from_scratch():
-    torch.manual_seed(0)
-    model = FlexTokFromHub(tiny_config()).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(40):
-        data_dict = model({"rgb": make_images(4), RANDOM_KEY: make_draws(4)})
-        target = data_dict["flow_noise"] - data_dict["vae_latents"]
-        loss = (data_dict["vae_latents_reconst"] - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    latent_variance = model.vae.scaling_factor**2 / 3  # of uniform pixels in [-1, 1]
-    assert losses[0] == pytest.approx(1 + latent_variance, rel=0.05)  # the velocity starts at 0
-    assert losses[-1] < 0.7 * losses[0]
-
-
-@pytest.mark.parametrize("style, n_distinct", [("xavier", 4), ("zero", 1)])
-def test_the_heads_start_decides_whether_images_start_with_tokens_of_their_own(style, n_distinct):
-    torch.manual_seed(0)
-    tokens = torch.cat(FlexTokFromHub(tiny_config(encoder_head_init=style)).tokenize(make_images(4)))
-    assert len(tokens.unique(dim=0)) == n_distinct

@@ -5,15 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LATENT_SHAPE, N_REGISTERS, gradients, make_draws, make_noise, pack, tiny_model, unpack
+from helpers import gradients, pack, unpack
 from safetensors.torch import load_file
-from torch._dynamo.testing import CompileCounter
 
-from flextok.model.layers.attention import Attention
 from flextok.model.trunks.transformers import FlexTransformer
 from flextok.utils.checkpoint import load_weights
 from flextok.utils.config import instantiate
-from flextok.utils.random import RANDOM_KEY
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
 TOLERANCE = 2e-5
@@ -146,34 +143,3 @@ def test_flow_loss_and_gradient_norms_are_the_recorded_ones(model, recorded, ref
     norms = {name: gradient.norm().item() for name, gradient in gradients(model).items()}
     assert norms.keys() == reference["grad_norms"].keys()
     assert norms == pytest.approx(reference["grad_norms"], rel=1e-4)
-
-
-def test_gradient_checkpointing_recomputes_each_block_and_changes_no_bit(model, recorded):
-    flow_loss(model, recorded).backward()
-    plain = gradients(model)
-    model.zero_grad()
-    set_checkpointing(model, True)
-    attentions = [module for module in model.modules() if isinstance(module, Attention)]
-    calls = []
-    hooks = [module.register_forward_hook(lambda module, *_: calls.append(module)) for module in attentions]
-    flow_loss(model, recorded).backward()
-    for hook in hooks:
-        hook.remove()
-    assert sorted(map(id, calls)) == sorted(map(id, attentions * 2))
-    checkpointed = gradients(model)
-    assert plain.keys() == checkpointed.keys()
-    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
-
-
-def test_a_compiled_decoder_trains_with_one_graph_for_all_steps():
-    model, graphs = tiny_model(encoder_depth=1, null_condition_prob=0.5).train(), CompileCounter()
-    decoder = torch.compile(model.decoder, backend=graphs, fullgraph=True)
-    for step in range(3):
-        data_dict = {
-            "enc_registers_quant": make_noise(3, N_REGISTERS, 6), "vae_latents_noised": make_noise(3, *LATENT_SHAPE),
-            "timesteps": torch.tensor([0.1, 0.5, 0.9]), RANDOM_KEY: make_draws(3, step=step),
-        }  # fmt: skip
-        compiled, plain = decoder(dict(data_dict)), model.decoder(dict(data_dict))
-        assert torch.equal(compiled["train_keep_k"], plain["train_keep_k"])
-        assert_close(compiled["vae_latents_reconst"], plain["vae_latents_reconst"].detach())
-    assert graphs.frame_count <= 2  # dynamo makes the step a variable when it changes for the first time

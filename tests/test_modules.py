@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_draws, make_images, make_noise, randomise, tiny_model
-from torch import nn
 
 from flextok.flow_matching.noise_modules import MinRFNoiseModule
-from flextok.model.postprocessors.heads import ToPatchesLinearHead
 from flextok.model.preprocessors.flex_seq_packing import BlockWiseSequencePacker
 from flextok.model.preprocessors.linear import LinearLayer
 from flextok.model.preprocessors.nullcond import LearnedNullCond, ZeroNullCond
-from flextok.model.preprocessors.patching import PatchEmbedder
 from flextok.model.preprocessors.registers import Registers1D
 from flextok.model.preprocessors.token_dropout import MaskedNestedDropout
 from flextok.model.trunks.transformers import FlexTransformer
@@ -76,24 +73,6 @@ def test_a_grid_is_cropped_or_resized_bilinearly_with_aligned_corners(posemb_typ
     for height, width in ((7, 3), (4, 9), (2, 2)):
         expected = interpolate_axis(interpolate_axis(table, height).swapaxes(0, 1), width).swapaxes(0, 1)
         np.testing.assert_allclose(resized((height, width))[0].detach().numpy(), expected, atol=1e-5)
-
-
-# Patches
-
-
-def test_patch_vectors_are_in_the_order_row_column_channel_there_and_back():
-    p1, p2, channels = 2, 3, 4
-    x = make_noise(2, 6, 9, channels)
-    data_dict = PatchEmbedder("x", "patches", "n", [p1, p2], channels, flatten_patches=False)({"x": x})
-    assert data_dict["patches"].shape == (2, 3, 3, p1 * p2 * channels)
-    assert tuple(data_dict["n"]) == (3, 3)
-    for i, j, a, b, c in np.ndindex(3, 3, p1, p2, channels):
-        index = (a * p2 + b) * channels + c
-        assert torch.equal(data_dict["patches"][:, i, j, index], x[:, i * p1 + a, j * p2 + b, c])
-    dim = p1 * p2 * channels
-    head = ToPatchesLinearHead("patches", "y", dim, channels, [p1, p2], False, norm_layer=nn.Identity, proj_bias=False)
-    head.proj.weight.data = torch.eye(dim)
-    assert torch.equal(head(data_dict)["y"], x)
 
 
 # Sequences and attention
@@ -285,15 +264,6 @@ def test_all_64000_codes_round_trip_and_latents_behind_each_are_quantised_to_it(
     assert torch.equal(data_dict["tokens"][0], tokens) and torch.equal(data_dict["quants"][0], quants)
 
 
-def test_gradient_passes_straight_through_the_rounding():
-    z = make_noise(2, 5, 6).requires_grad_()
-    weights = make_noise(2, 5, 6, seed=9)
-    (make_fsq()({"z": z})["quants"] * weights).sum().backward()
-    half, offset = bounds()
-    slope = 1 - (z.detach() + (offset / half).atanh()).tanh() ** 2
-    torch.testing.assert_close(z.grad, weights * slope * half / HALF_WIDTHS)
-
-
 def test_some_images_stay_unquantised_or_have_codes_replaced_in_training_alone():
     z, draws = make_noise(1000, 40, 6), make_draws(1000)
     plain = make_fsq().eval()({"z": z})
@@ -313,14 +283,6 @@ def test_some_images_stay_unquantised_or_have_codes_replaced_in_training_alone()
     assert_uniform(out["tokens"][replaced] / 64_000)
     torch.testing.assert_close(out["quants"], fsq.indices_to_embedding(out["tokens"]))
     assert torch.equal(fsq.eval()({"z": z})["tokens"], plain["tokens"])
-
-
-def test_a_fixed_share_of_the_codes_of_a_fifth_of_the_images_is_replaced_where_a_config_gives_the_share_alone():
-    z = make_noise(2000, 40, 6)
-    fsq = make_fsq(corrupt_tokens_p=0.6)
-    replaced = fsq({"z": z, RANDOM_KEY: make_draws(2000)})["tokens"] != fsq.eval()({"z": z})["tokens"]
-    assert_frequency(replaced.any(1), 0.2)
-    assert_frequency(replaced[replaced.any(1)], 0.6 * (1 - 1 / 64_000))
 
 
 # Noise

@@ -24,9 +24,6 @@ def names_of(trainer) -> dict:
     return {name: set(group["parameter_names"]) for name, group in groups_of(trainer).items()}
 
 
-# Weight decay
-
-
 # Muon
 
 

@@ -91,28 +91,11 @@ def test_selected_images_keep_their_draws():
     assert torch.equal(chosen.normal("n", (5,)), draws.normal("n", (5,))[[4, 0, 4]])
 
 
-def test_a_draw_does_not_depend_on_the_images_around_it_or_on_earlier_draws():
-    draws = BatchRandom(1, 2, torch.arange(100))
-    draws.uniform("other", (7,))
-    alone = BatchRandom(1, 2, torch.tensor([37])).normal("n", (3, 5))
-    assert torch.equal(draws.normal("n", (3, 5))[37:38], alone)
-    assert torch.equal(draws.uniform("n", (6,))[:, :4], draws.uniform("n", (4,)))
-
-
 def test_given_draws_leave_torchs_global_state_alone():
     model = tiny_model_that_draws()
     before = torch.get_rng_state()
     model({"rgb": make_images(2), RANDOM_KEY: make_draws(2)})
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_without_given_draws_the_global_seed_decides():
-    outcomes = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        outcomes.append(BatchRandom.of({}, torch.zeros(3)).normal("n", (4,)))
-    assert torch.equal(outcomes[0], outcomes[1])
-    assert not torch.equal(outcomes[0], outcomes[2])
 
 
 def test_draws_for_another_batch_size_are_refused_with_both_numbers():

@@ -8,12 +8,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import cut_off_network
-from safetensors.torch import save_file
 from skimage.transform import resize as skimage_resize
 
 from flextok.model.utils.repa_encoders import EncoderFacts, EncoderUnavailable
 from flextok.model.utils.repa_loss import (
-    check_encoder_settings,
     encoder_facts,
     encoder_weights_file,
     known_encoders,
@@ -131,19 +129,6 @@ def test_facts_of_every_kind_of_encoder_need_no_network_and_no_random_numbers(hf
 
 
 @pytest.mark.parametrize(
-    "name, size, reason",
-    [
-        ("test_vit", 200, "divisible by patch size"),
-        ("resnet18", 110, "repa_image_size 110: .*4x4 features do not divide"),
-        ("pit_ti_224", None, r"gives features \[1, 1, 256\], .* no grid: choose a model whose"),
-    ],
-)
-def test_models_and_sizes_that_give_no_grid_are_refused_before_loading(name, size, reason, hf_cache):
-    with pytest.raises(ValueError, match=f"timm:{name} cannot be used .*{reason}"):
-        check_encoder_settings(f"timm:{name}", None, size)
-
-
-@pytest.mark.parametrize(
     "name, advice",
     [
         ("vit_base_patch16_clip_224.opnai", "does not have: use timm:vit_base_patch16_clip_224.openai or"),
@@ -168,23 +153,6 @@ def assert_loaded(encoder, state):
     own = encoder.model.state_dict()
     assert set(own) == {key for key in state if not key.startswith(("head.weight", "head.bias", "head.fc."))}
     assert all(torch.equal(value, state[key]) for key, value in own.items())
-
-
-@pytest.mark.parametrize("form", ["pth", "safetensors", "state_dict", "averaged"])
-def test_weights_files_of_every_form_load(form, vit_state, tmp_path):
-    path, state = tmp_path / "weights.pth", dict(vit_state)
-    if form == "safetensors":
-        path = tmp_path / "weights.safetensors"
-        save_file(state, path)
-    elif form == "averaged":
-        others = {key: value + 1 for key, value in state.items()}
-        torch.save({"state_dict": others, "state_dict_ema": state, "epoch": 3}, path)
-    elif form == "state_dict":
-        torch.save({form: {f"module.{key}": value for key, value in state.items()}}, path)
-    else:
-        torch.save(state, path)
-    assert_loaded(load_encoder(f"timm:{VIT}", weights=str(path)), vit_state)
-    assert encoder_weights_file(f"timm:{VIT}", weights=str(path)) == path
 
 
 def test_foreign_and_damaged_files_are_refused_with_their_differences(vit_state, tmp_path):

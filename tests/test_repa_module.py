@@ -1,11 +1,7 @@
 """REPA: the projector and the loss, the module around them, DINOv2 and how it is found and loaded."""
 
 import math
-import multiprocessing
-import os
 import re
-import shutil
-import time
 from pathlib import Path
 
 import hub_standin
@@ -13,7 +9,6 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import cut_off_network
 from torch import nn
@@ -30,8 +25,6 @@ from flextok.model.utils.repa_loss import (
 from flextok.training.config import TrainConfig
 from flextok.training.models import check_repa_settings
 from flextok.utils.config import ConfigError
-from flextok.utils.errors import UserError
-from flextok.utils.processes import load_one_process_first
 
 
 @pytest.fixture
@@ -180,16 +173,6 @@ def test_the_encoder_is_loaded_by_a_call_and_freed_and_features_make_targets_wit
     assert repa.to("meta").load_encoder().pixel_mean.is_meta  # it goes where the projector is
 
 
-def test_under_autocast_the_projector_computes_in_bf16_and_the_cosine_in_float32(repa):
-    prediction, target = (make_features(2, 100, 3, 3, seed=seed).bfloat16() for seed in (1, 2))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert repa.project(make_features(4, 4, 5, 10)).dtype == torch.bfloat16
-        cosine = negative_cosine_similarity(prediction + target, target)
-    assert cosine.dtype == torch.float32
-    expected = -F.cosine_similarity((prediction + target).double(), target.double(), dim=1).mean()
-    assert cosine.item() == pytest.approx(expected.item(), abs=1e-6)
-
-
 def test_projector_has_the_documented_widths_and_initialisation():
     projector = REPAProjector(1152, 1024)
     assert sum(p.numel() for p in projector.parameters()) == 8_655_872
@@ -289,20 +272,6 @@ def test_local_folder_and_weights_file_need_no_network_and_no_cache(hub_dir, tmp
     assert not hub_dir.exists()
 
 
-def test_a_pinned_revision_uses_its_own_cached_folder(cached_hub, monkeypatch):
-    pinned = hub_standin.write_repository(cached_hub / "facebookresearch_dinov2_e1277af")
-    used = []
-    load = torch.hub.load
-    monkeypatch.setattr(torch.hub, "load", lambda repo, *args, **kw: used.append(repo) or load(repo, *args, **kw))
-    load_encoder("dinov2_vits14", revision="e1277af")
-    load_encoder("dinov2_vits14")
-    (cached_hub / hub_standin.FOLDER / "hubconf.py").unlink()
-    load_encoder("dinov2_vits14")  # any cached revision is better than none
-    assert used == [str(pinned), str(cached_hub / hub_standin.FOLDER), str(pinned)]
-    with pytest.raises(EncoderUnavailable, match="facebookresearch_dinov2_other"):
-        load_encoder("dinov2_vits14", revision="other")
-
-
 @pytest.mark.parametrize("revision", [None, "e1277af"])
 def test_an_empty_cache_is_filled_from_the_network_once(hub_dir, monkeypatch, revision):
     servers = hub_standin.FakeServers("dinov2_vits14_reg", revision or "main")
@@ -334,13 +303,6 @@ def test_without_cache_and_network_one_error_says_what_to_copy_where_and_followi
     assert repa.load_encoder().dim == 768
 
 
-def test_wrong_local_paths_and_settings_are_named(cached_hub, tmp_path):
-    with pytest.raises(EncoderUnavailable, match="repository in .* is without hubconf.py"):
-        load_encoder("dinov2_vits14", repo=str(tmp_path))
-    with pytest.raises(ValueError, match="repa_encoder_revision is main, .* has no revisions"):
-        load_encoder("dinov2_vits14", repo=str(cached_hub / hub_standin.FOLDER), revision="main")
-
-
 def test_the_code_of_a_folder_is_run_only_if_it_is_trusted(cached_hub, tmp_path):
     repo = hub_standin.write_repository(cached_hub / "somebody_dinov2_main")  # beside torch.hub's own copy
     with open(repo / "hubconf.py", "a") as file:
@@ -356,81 +318,3 @@ def test_the_code_of_a_folder_is_run_only_if_it_is_trusted(cached_hub, tmp_path)
     load_encoder("dinov2_vits14", repo=str(repo), trust=True)
     assert (tmp_path / "ran").exists()
     load_encoder("dinov2_vits14", repo=str(cached_hub / hub_standin.FOLDER))  # that copy needs no trust
-
-
-@pytest.mark.parametrize(
-    "hubconf, reason",
-    [
-        (hub_standin.OLDER, "Cannot find callable dinov2_vits14_reg in hubconf"),
-        (hub_standin.INCOMPLETE, "No module named 'dinov2'"),
-        (None, "without hubconf.py"),
-    ],
-    ids=["older than the entry point", "a module is missing", "no hubconf.py"],
-)
-def test_an_old_or_incomplete_copy_is_named_and_deleting_it_as_told_makes_it_work(
-    hub_dir, monkeypatch, hubconf, reason
-):
-    monkeypatch.setattr(torch.hub, "urlopen", hub_standin.FakeServers("dinov2_vits14_reg").urlopen)
-    folder = hub_standin.write_repository(hub_dir / hub_standin.FOLDER)
-    (folder / "hubconf.py").unlink() if hubconf is None else (folder / "hubconf.py").write_text(hubconf)
-    with pytest.raises(EncoderUnavailable, match="or delete the folder, and it is downloaded again$") as error:
-        load_encoder("dinov2_vits14_reg")
-    assert str(folder) in str(error.value) and reason in str(error.value)
-    shutil.rmtree(folder)
-    assert load_encoder("dinov2_vits14_reg").dim == 384
-
-
-def test_foreign_and_damaged_weights_are_refused_with_all_differences(cached_hub, tmp_path):
-    state = hub_standin.make_weights("dinov2_vits14")
-    state["patch_embed.weight"] = state["patch_embed.weight"][:300]
-    state["head.bias"] = state.pop("norm.bias")
-    torch.save(state, tmp_path / "foreign.pth")
-    with pytest.raises(EncoderUnavailable, match="does not hold the weights of dinov2_vits14") as error:
-        load_encoder("dinov2_vits14", weights=str(tmp_path / "foreign.pth"))
-    assert all(key in str(error.value) for key in ("patch_embed.weight", "norm.bias", "head.bias"))
-    path = cached_hub / "checkpoints" / "dinov2_vits14_pretrain.pth"
-    for damaged in (path.read_bytes()[:1000], b"<html>403</html>", b""):
-        path.write_bytes(damaged)
-        with pytest.raises(EncoderUnavailable, match="dinov2_vits14_pretrain.pth, the weights .* copy it again"):
-            load_encoder("dinov2_vits14")
-
-
-# One process first.
-
-
-def load_in_turn(rank, folder):
-    """What each of two processes does: a download that the other finds, and one that fails in either."""
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-
-    def download_or_read():
-        if rank == 0:
-            time.sleep(0.3)
-            (folder / "cache").write_text("weights")
-        return (folder / "cache").read_text()
-
-    def failing():
-        assert rank <= failing_rank, "the others need not try what the first could not do"
-        if rank == failing_rank:
-            raise OSError("disk full")
-        return "weights"
-
-    assert load_one_process_first(download_or_read) == "weights"
-    for failing_rank in (0, 1):
-        text = f"process {failing_rank} could not load what this run needs: OSError: disk full"
-        error, message = (OSError, "disk full") if rank == failing_rank else (UserError, text)
-        with pytest.raises(error, match=f"^{message}$"):
-            load_one_process_first(failing)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_one_process_loads_first_and_a_failure_in_one_reaches_the_other(tmp_path):
-    fork = multiprocessing.get_context("fork")  # of this process, which has imported everything
-    processes = [fork.Process(target=load_in_turn, args=(rank, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]

@@ -44,16 +44,6 @@ def test_a_resized_table_is_what_interpolation_gives(posemb_type, sizes):
     assert PositionalEmbedding(8, sizes, posemb_type).posembs.shape == module.posembs.shape
 
 
-@pytest.mark.parametrize("img_size", [16, 40])
-def test_any_size_of_the_patch_grid_is_tokenized_and_drawn(folder, img_size):
-    model = loaded(folder, posemb_scaling="interpolate", img_size=img_size)
-    tokens = model.tokenize(make_images(2, img_size, img_size))
-    assert [list(row.shape) for row in tokens] == [[1, 8], [1, 8]]
-    assert model.detokenize(tokens, timesteps=1).shape == (2, 3, img_size, img_size)  # without being told the size
-    table = model.encoder.module_dict["enc_posemb_module"].posembs
-    assert table.shape == (1, 64, img_size // 8, img_size // 8) and not table.requires_grad
-
-
 def test_training_at_twice_the_size_from_a_folder_and_using_its_export(folder, tmp_path):
     changes = dict(model=None, model_name=str(folder), img_size=64, posemb_scaling="interpolate", use_repa=False,
                    photos_val_crops=2, val_token_images=0)  # fmt: skip
@@ -85,20 +75,3 @@ def test_larger_images_are_refused_without_the_setting(folder, tmp_path):
     message = "img_size 64 does not fit the model: the positional embeddings reach to [4, 4] positions, but the input "
     with pytest.raises(ConfigError, match=re.escape(message) + ".*set posemb_scaling: interpolate"):
         run_main(tmp_path, check=True, model=None, model_name=str(folder), img_size=64)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(img_size=36), "img_size is 36, expected a multiple of 8, the pixels per patch"),
-        (dict(posemb_scaling="absolute"), "posemb_scaling is 'absolute', expected interpolate or null"),
-        (
-            dict(model=settings()["model"], model_name=PUBLISHED),
-            "model gives a new one, whose positional tables are for its own",
-        ),
-    ],
-)
-def test_what_cannot_be_resized_is_refused_before_any_work(folder, tmp_path, changes, message):
-    changes = dict(model=None, model_name=str(folder), posemb_scaling="interpolate") | changes
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        run_main(tmp_path, check=True, **changes)
