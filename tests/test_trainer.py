@@ -244,9 +244,13 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(tmp_path):
         changes = dict(batch_size=batch_size, gradient_accumulation_steps=accumulation)
         trainer = make_trainer(tmp_path / str(batch_size), num_epochs=1, photos_train_crops=21, **changes)
         seen, train_step = [], trainer.train_step
-        trainer.train_step = lambda batches, seen=seen, train_step=train_step: (
-            seen.extend(index for batch in batches for index in batch.index.tolist()) or train_step(batches)
-        )
+
+        def note(batches, seen=seen, train_step=train_step):
+            drawn = list(batches)
+            seen.extend(index for batch in drawn for index in batch.index.tolist())
+            return train_step(drawn)
+
+        trainer.train_step = note
         assert trainer.total_steps == 2  # 16 images, and 5, as 3 and 2
         trainer.train()
         assert sorted(seen) == list(range(21))
@@ -254,6 +258,16 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(tmp_path):
     for one, many in zip(*steps):
         assert one["train/loss"] == pytest.approx(many["train/loss"], rel=1e-5)
         assert one["train/grad_norm"] == pytest.approx(many["train/grad_norm"], rel=1e-4)
+
+
+def test_a_step_begins_before_its_second_micro_batch_is_loaded(tmp_path):
+    """On a GPU the first one computes while the others are loaded."""
+    trainer = make_trainer(tmp_path, use_repa=False, batch_size=2, gradient_accumulation_steps=3, val_token_images=0)
+    events, read, compute_loss = [], trainer.train_loader.dataset.read, trainer.compute_loss
+    trainer.train_loader.dataset.read = lambda index: events.append("image") or read(index)
+    trainer.compute_loss = lambda *arguments: events.append("loss") or compute_loss(*arguments)
+    trainer.train(max_steps=2)
+    assert events[:18] == ["image", "image", "loss"] * 6
 
 
 def test_a_run_leaves_no_loading_processes_and_goes_on_with_new_ones(tmp_path):
