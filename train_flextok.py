@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from flextok.data.batch import Batch
 from flextok.data.loader import (
@@ -74,7 +74,7 @@ from flextok.training.models import (
 from flextok.training.monitor import Monitor, wandb_settings
 from flextok.training.optimizer import build_optimizer, build_schedule, optimizer_class
 from flextok.training.pictures import save_curves, save_grid
-from flextok.training.runs import find_run, new_run_dir, prepare_run_dir, run_of, stored_config
+from flextok.training.runs import find_run, new_run_dir, prepare_run_dir, removed_if_empty, run_of, stored_config
 from flextok.training.summary import closing_words, summary
 from flextok.training.token_use import TokenWarnings, check_best_metric, more_is_better, tokens_warning
 from flextok.utils.config import ConfigError
@@ -685,9 +685,20 @@ def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device
         run_dir = from_first(lambda: new_run_dir(config))
     if rank() == 0:
         print(summary(config, skeleton, train_dataset, val_dataset, device, run_dir, checkpoint), flush=True)
-    if arguments.check:
-        return
+    if not arguments.check:
+        with removed_if_empty(run_dir):
+            build_and_train(arguments, config, device, run_dir, checkpoint, train_dataset, val_dataset)
 
+
+def build_and_train(
+    arguments: argparse.Namespace,
+    config: TrainConfig,
+    device: torch.device,
+    run_dir: Path,
+    checkpoint: Path | None,
+    train_dataset: Dataset,
+    val_dataset: Dataset | None,
+) -> None:
     model = load_one_process_first(lambda: load_model(config))
     if config.cache_latents or (config.use_repa and config.repa_cache):
         from flextok.data.precompute import precompute  # a run without caches needs none of it

@@ -3,7 +3,9 @@
 import math
 import socket
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import nn
 
 from flextok import FlexTokFromHub
@@ -51,6 +53,32 @@ def tiny_model_that_draws(**overrides) -> FlexTokFromHub:
 
 def make_images(n: int, height: int = 32, width: int = 32, seed: int = 1) -> torch.Tensor:
     return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def pillow_square(file, size: int = 32, crop: str = "center", place: float = 0.5, window=None) -> torch.Tensor:
+    """A square of an image file by Pillow and numpy alone, [3, size, size] in [-1, 1]: all of it scaled, then cropped.
+
+    `place` is where along the longer side the square lies, 0 to 1. Large JPEGs are decoded at a reduced size, no less
+    than twice `size`, but not for `adm`, nor where `window` gives a box for the size of an image, which is scaled.
+    """
+    image = Image.open(file)
+    if crop != "adm" and window is None:
+        image.draft("RGB", (2 * size, 2 * size))
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    if window is not None:
+        image, x, y = image.resize((size, size), Image.Resampling.BICUBIC, box=window(image.size)), 0, 0
+    elif crop == "adm":
+        while min(image.size) // 2 >= size:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        image = image.resize([round(n * size / min(image.size)) for n in image.size], Image.Resampling.BICUBIC)
+        x, y = ((n - size) // 2 for n in image.size)
+    else:
+        side = min(image.size)
+        whole = [n * size // side for n in image.size]
+        image = image.resize(whole, Image.Resampling.BICUBIC, box=(0, 0, *(n * side / size for n in whole)))
+        x, y = (round(place * (n - size)) for n in whole)
+    pixels = np.asarray(image)[y : y + size, x : x + size].astype(np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
 def make_noise(*shape: int, seed: int = 2) -> torch.Tensor:

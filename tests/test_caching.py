@@ -81,26 +81,16 @@ def test_training_from_the_cache_gives_the_losses_of_training_without(tmp_path, 
         assert filling[min(filling)] == pytest.approx(online[min(online)], abs=1e-5), name
 
 
+def test_an_encoder_that_a_cache_stands_in_for_is_not_loaded(whole):
+    cached = make_trainer(cache_dir=str(whole / "cache"), **CACHED)
+    with pytest.raises(RuntimeError, match="efficientnet_lite0 is not loaded: its features come from the cache"):
+        sum(p.numel() for p in cached.repa_module.encoder.parameters())
+
+
 def test_resuming_a_run_with_caches_is_exact(whole, full):
     expected, parts = read_latest(whole / "whole"), read_latest(full)
     for key in ("model_state_dict", "optimizer_state_dict", "repa_module_state_dict", "constant_losses"):
         assert same(expected[key], parts[key]), key
-
-
-def test_a_mirrored_image_has_features_of_its_own(whole):
-    """In the loader's workers, too."""
-    online = make_trainer(repa_encoder_dtype="fp32")
-    cached = make_trainer(cache_dir=str(whole / "cache"), **{**CACHED, "num_workers": 2})
-    dataset, mirrored = cached.train_loader.dataset, 0
-    for one, other in zip(online.train_loader, cached.train_loader):
-        assert torch.equal(one.images, other.images) and other.features.dtype == torch.float16
-        expected = online.repa_module.encoder_features(one.images)
-        torch.testing.assert_close(other.features.float(), expected, atol=4e-3, rtol=1e-5)
-        plain = dataset.cached_features(other.index.tolist()).float()
-        mirrored += int(((plain - expected).abs().amax(dim=(1, 2, 3)) > 0.05).sum())
-    assert 0 < mirrored < len(dataset)
-    with pytest.raises(RuntimeError, match="efficientnet_lite0 is not loaded: its features come from the cache"):
-        sum(p.numel() for p in cached.repa_module.encoder.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -224,16 +214,15 @@ def latent_settings(vae_folder, **changes):
     return dict(model=model, **changes)
 
 
-def test_cached_latents_train_as_the_vae_itself(tmp_path, vae_folder):
+@pytest.mark.parametrize("repa_cache", [True, False])
+def test_cached_latents_train_as_the_vae_itself_with_an_encoder_online_or_cached(tmp_path, vae_folder, repa_cache):
     changes = latent_settings(vae_folder, repa_encoder_dtype="fp32")
-    for name, more in (
-        ("online", {}),
-        ("cached", dict(cache_latents=True, repa_cache=True, cache_dir=str(tmp_path / "cache"))),
-    ):
+    cached = dict(cache_latents=True, repa_cache=repa_cache, cache_dir=str(tmp_path / "cache"))
+    for name, more in (("online", {}), ("cached", cached)):
         make_trainer(tmp_path / name, **changes, **more).train(max_steps=4)
-    for key in ("train/flow_loss", "val/flow_loss"):
+    for key in ("train/flow_loss", "train/repa_loss", "val/flow_loss", "val/repa_loss"):
         online, found = losses_of(tmp_path / "online", key), losses_of(tmp_path / "cached", key)
-        assert found == pytest.approx(online, abs=1e-5) and len(online) > 0
+        assert found == pytest.approx(online, abs=1e-4) and len(online) > 0
 
 
 def test_latents_are_sampled_anew_in_each_step(tmp_path, vae_folder):

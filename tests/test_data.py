@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import random
 import resource
 import signal
 
@@ -34,7 +33,6 @@ from flextok.data.loader import (
 from flextok.data.photos import PHOTOS, PhotoCrops, photo_path
 from flextok.data.sources import build_datasets
 from flextok.training.config import TrainConfig
-from flextok.utils.random import uniform_number
 
 AVIF = ["avif"] if features.check("avif") else []
 
@@ -195,17 +193,6 @@ def test_exif_orientation_is_applied(tmp_path, orientation, quarters):
     assert np.abs(drafted[50::100, 50::100].astype(int) - upright[200::400, 200::400]).max() < 12
 
 
-@pytest.mark.parametrize(
-    "min_size, shape", [(None, (800, 1200)), (201, (800, 1200)), (200, (400, 600)), (1, (100, 150))]
-)
-def test_large_jpegs_are_decoded_at_no_less_than_twice_the_hint(tmp_path, min_size, shape):
-    pixels = noise(2, 3).repeat(400, axis=0).repeat(400, axis=1)
-    image = read(save(tmp_path / "a.jpg", pixels, quality=95, subsampling=0), min_size=min_size)
-    assert image.shape == (*shape, 3)
-    step = shape[0] // 2
-    assert np.abs(image[step // 2 :: step, step // 2 :: step].astype(int) - pixels[200::400, 200::400]).max() < 12
-
-
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tif", "gif", "jfif", *AVIF])
 def test_truncated_files_are_broken(tmp_path, extension):
     path = save(tmp_path / f"a.{extension}", noise(50, 50))
@@ -237,26 +224,6 @@ def test_a_panorama_beyond_pillows_own_limit_is_read(tmp_path):
 # Tensors
 
 
-def scaled_by_torch(pixels, height, width):
-    """The whole image scaled in floating point, [3, height, width] in [-1, 1]."""
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
-    scaled = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
-    return scaled[0].clamp(0, 255) / 127.5 - 1
-
-
-@pytest.mark.parametrize("size", [16, 80])
-@pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
-@pytest.mark.parametrize("crop", [(0.5, 0.5), (0.0, 0.0), (0.26, 0.26)])
-def test_image_to_tensor_is_a_scaling_followed_by_a_crop(size, shape, crop):
-    pixels = noise(*shape, seed=3) // 2 + 64  # no overshoot beyond 0..255, which Pillow clips in between
-    height, width = (length * size // 48 for length in shape)
-    x, y = round(crop[0] * (width - size)), round(crop[1] * (height - size))
-    expected = scaled_by_torch(pixels, height, width)[:, y : y + size, x : x + size]
-    result = image_to_tensor(Image.fromarray(pixels), size, crop)
-    assert result.dtype == torch.float32 and result.is_contiguous()
-    assert (result - expected).abs().max() < 2.1 / 127.5
-
-
 def test_pixels_of_an_image_of_the_right_size_are_unchanged():
     pixels = noise(32, 33)
     result = image_to_tensor(Image.fromarray(pixels), 32)
@@ -279,25 +246,6 @@ def test_dataset_serves_the_contract(folder):
     for other in (dataset, PhotoCrops("val", 16, 5)):  # as a spawned worker gets it
         copy = pickle.loads(pickle.dumps(other))
         assert torch.equal(copy[3]["image"], other[3]["image"]) and copy.identity() == other.identity()
-
-
-def test_flips_and_crops_follow_the_address_alone(folder):
-    dataset = ImageFolderDataset(list_images(folder), img_size=20, flip=True, crop="random", seed=4)
-    pixels, flips, places = noise(20, 30, seed=2), [], set()
-    for step, position in [(step, position) for step in range(4) for position in range(8)]:
-        torch.manual_seed(step)
-        random.seed(step)
-        np.random.seed(step)
-        item = dataset[(2, step, position)]
-        x = round(10 * uniform_number(4, "crop", step, position))
-        flip = uniform_number(4, "flip", step, position) < 0.5
-        expected = pixels[:, x : x + 20]
-        expected = expected[:, ::-1] if flip else expected
-        assert torch.equal(item["image"], image_to_tensor(Image.fromarray(expected.copy()), 20))
-        assert item["view"] == flip
-        flips.append(flip)
-        places.add(x)
-    assert 8 < sum(flips) < 24 and len(places) > 5
 
 
 def test_broken_files_are_replaced_by_the_next_readable_one(folder):
@@ -427,27 +375,6 @@ def test_set_state_resumes_with_exactly_the_rest_of_the_epoch(step_in_epoch):
 
 
 # Loader
-
-
-def test_batches_do_not_depend_on_workers_and_leave_the_random_state_alone(folder):
-    paths, state = list_images(folder), torch.get_rng_state()
-    paths[7].write_bytes(b"")
-    dataset = ImageFolderDataset(paths, img_size=16, flip=True, crop="random", seed=3)
-    epochs = {}
-    for num_workers in (0, 2):
-        sampler = GlobalBatchSampler(len(dataset), 2, accumulation=2)
-        loader = build_loader(dataset, sampler, num_workers, "cpu")
-        for epoch in (0, 1):
-            sampler.set_state(epoch, 0)
-            epochs[num_workers, epoch] = list(loader)
-            assert len(epochs[num_workers, epoch]) == len(loader) == 6
-    for epoch in (0, 1):
-        for one, other in zip(epochs[0, epoch], epochs[2, epoch], strict=True):
-            assert one.broken == other.broken
-            assert all(torch.equal(getattr(one, key), getattr(other, key)) for key in ("images", "index", "position"))
-    assert [file.path for batch in epochs[2, 0] for file in batch.broken] == [str(paths[7])]
-    assert not torch.equal(epochs[0, 0][0].index, epochs[0, 1][0].index)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

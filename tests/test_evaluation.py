@@ -1,7 +1,6 @@
 """Evaluation of a tiny trained model: what is measured, on what, and that it repeats; ablations of tiny runs."""
 
 import json
-import math
 import shutil
 import sys
 
@@ -55,58 +54,18 @@ def make_evaluator(run, folder, n_images=6, data="photos", **changes) -> Evaluat
 
 
 @pytest.fixture(scope="module")
-def evaluator(run, no_weights, tmp_path_factory):
-    return make_evaluator(run, tmp_path_factory.mktemp("evaluation"))
-
-
-@pytest.fixture(scope="module")
-def results(evaluator):
-    return evaluator.run()
+def results(run, no_weights, tmp_path_factory):
+    return make_evaluator(run, tmp_path_factory.mktemp("evaluation")).run()
 
 
 # -------------------------------------------------------------------------------------------------------- what is there
 
 
-def test_every_part_of_an_evaluation_is_there(results):
-    assert list(results["reconstruction"]) == ["vae", "1", "8"]
-    for row in results["reconstruction"].values():
-        assert set(row) == {"psnr", "ssim", "latent_mse", "fd"}
-        assert all(measure["n"] == 6 for measure in row.values())
-        assert row["psnr"]["low"] <= row["psnr"]["value"] <= row["psnr"]["high"]
-        assert "warning" in row["fd"] and "warning" in row["psnr"]
+def test_what_is_skipped_and_too_few_images_are_named(results):
     assert set(results["skipped"]) == {"lpips", "rfid"}
-    alignment = results["alignment"]
-    assert [row["layer"] for row in alignment["layers"]] == [0, 1, 2] and alignment["aligned_layers"] == [1]
-    assert (
-        -1 <= alignment["cosine"]["value"] <= 1
-        and alignment["cosine"]["n"] == 6
-        and 0 < alignment["mean"] < alignment["constant"] <= 1
-    )
-    assert results["codes"]["n"] == 6 and len(results["codes"]["used"]) == 8
-    assert set(results["codes"]["silhouette"]) == {"1", "2", "4"}
+    for row in results["reconstruction"].values():
+        assert "6 images" in row["fd"]["warning"] and "30" in row["psnr"]["warning"]
     assert results["probes"]["n_train"] == 6 and "coffee" in results["probes"]["classes"]  # fitted to training crops
-    lossless = results["reconstruction"]["vae"]
-    assert lossless["psnr"]["value"] == metrics.MAX_PSNR and lossless["latent_mse"]["value"] == 0
-    assert lossless["fd"]["value"] == pytest.approx(0, abs=1e-3)
-
-
-def test_psnr_is_that_of_the_pictures(evaluator, results):
-    with torch.no_grad():
-        images, _ = evaluator.decode(8, torch.arange(6), evaluator.encode(evaluator.images))
-    originals = torch.stack([evaluator.images.dataset[i]["image"] for i in range(6)])
-    errors = ((images - originals) / 2).double().square().mean(dim=(1, 2, 3))
-    expected = sum(-10 * math.log10(error) for error in errors.tolist()) / 6
-    assert results["reconstruction"]["8"]["psnr"]["value"] == pytest.approx(expected, abs=1e-4)
-
-
-def test_constants_are_the_best_that_ignore_the_image(evaluator, results):
-    module = evaluator.subject.repa_module(evaluator.device, "fp32")
-    module.load_encoder()
-    target = module.target_features(torch.stack([evaluator.images.dataset[i]["image"] for i in range(6)]))
-    unit = target / target.norm(dim=1, keepdim=True)
-    for name, best in (("constant", unit.mean(0, keepdim=True)), ("mean", unit.mean((0, 2, 3), keepdim=True))):
-        cosine = torch.cosine_similarity(best.expand_as(target), target, dim=1).mean().item()
-        assert results["alignment"][name] == pytest.approx(cosine, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -144,29 +103,6 @@ def test_everything_is_in_fp32_unless_bf16_is_asked_for_and_parts_belong_to_a_pr
 
 
 # -------------------------------------------------------------------------------------------------------- repeatability
-
-
-def test_an_export_has_the_numbers_of_the_run_whatever_the_batch_size(run, results, tmp_path):
-    exported = make_evaluator(run / "export", tmp_path, batch_size=4).run()
-    for k, row in results["reconstruction"].items():
-        for name, measure in row.items():
-            assert exported["reconstruction"][k][name]["value"] == pytest.approx(measure["value"], rel=1e-4, abs=1e-3)
-    assert exported["codes"] == results["codes"]
-    assert exported["alignment"]["cosine"] is None and "alignment cosine" in exported["skipped"]
-
-
-@pytest.mark.parametrize("kind", ["config", "folder"])
-def test_an_image_has_the_same_draws_in_any_choice_of_images_and_batch_size(run, tmp_path, coloured, kind):
-    data = tmp_path / "images.yaml"
-    data.write_text(f"dataset_name: imagefolder\ndata_path: {coloured}\nval_fraction: 0.5\n")
-    data = str(data if kind == "config" else coloured)
-    changes = dict(data=data, tokens=[8], encoder="efficientnet_lite0")
-    whole = make_evaluator(run, tmp_path / "whole", n_images=None, **changes)
-    some = make_evaluator(run, tmp_path / "some", n_images=4, batch_size=3, **changes)
-    assert some.images.indices != list(range(4)) and max(some.images.indices) >= 4
-    whole.run(), some.run()
-    psnr = [json.loads((tmp_path / name / "parts/8.json").read_text())["value"]["psnr"] for name in ("whole", "some")]
-    assert psnr[1] == pytest.approx([psnr[0][i] for i in some.images.indices], abs=1e-3)
 
 
 def test_digits_are_a_random_choice():
@@ -216,26 +152,6 @@ def coloured(tmp_path_factory):
             pixel = tuple(40 + 30 * j if i == c else 20 * j for i in range(3))
             Image.new("RGB", (40, 36), pixel).save(folder / colour / f"{j}.png")
     return folder
-
-
-def test_sub_folders_are_classes_and_probes_are_fitted_to_every_other_image(run, tmp_path, coloured):
-    results = make_evaluator(run, tmp_path, n_images=None, data=str(coloured), tokens=[8]).run()
-    probes = results["probes"]
-    assert probes["classes"] == ["blue", "green", "red"] and probes["n_train"] == probes["n_test"] == 9
-    assert probes["chance"] == pytest.approx(1 / 3)
-    assert {"decoder layer 0", "decoder layer 2", "tokens, first 1", "tokens, first 8"} <= set(probes["features"])
-    assert results["codes"]["silhouette_by"] == "classes"
-
-
-def test_images_without_a_class_are_left_out_of_probes_and_silhouette_alone(run, tmp_path, coloured):
-    shutil.copytree(coloured, tmp_path / "data")
-    shutil.copy(coloured / "red" / "0.png", tmp_path / "data" / "0.png")
-    results = make_evaluator(run, tmp_path, n_images=None, data=str(tmp_path / "data"), tokens=[8]).run()
-    probes = results["probes"]
-    assert probes["classes"] == ["blue", "green", "red"] and probes["n_train"] == probes["n_test"] == 9
-    assert probes["n_unlabelled"] == 1 and results["codes"]["n"] == 19
-    assert results["codes"]["silhouette_by"] == "classes, 18 of 19 images have one"
-    assert all(value is not None for value in results["codes"]["silhouette"].values())
 
 
 def test_labels_keep_their_value_however_large(run, tmp_path, coloured, monkeypatch):
@@ -299,24 +215,6 @@ def test_without_dinov2_another_encoder_is_used_and_named(run, tmp_path, monkeyp
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-def test_the_command_writes_results_plots_grids_and_one_report(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "load_lpips", lambda device: lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)))
-    monkeypatch.setattr(metrics, "INCEPTION_DIM", 3)
-    monkeypatch.setattr(metrics, "load_inception", lambda device: lambda images: images.mean(dim=(2, 3)))
-    out = tmp_path / "out"
-    command.main(["--checkpoint", str(run), "--output", str(out), "--data", "photos", *QUICK])
-    said = capsys.readouterr().out
-    assert "PSNR" in said and "lpips" in said.lower() and str(out / "report.html") in said
-    results = json.loads((out / "results.json").read_text())
-    assert list(results["reconstruction"]) == ["vae", "1", "8"] and results["skipped"] == {}
-    assert results["reconstruction"]["8"]["lpips"]["value"] > 0 and results["reconstruction"]["8"]["rfid"]["value"] > 0
-    assert results["reconstruction"]["vae"]["lpips"]["value"] == pytest.approx(0, abs=1e-6)
-    for name in ("best", "median", "worst"):
-        assert Image.open(out / "grids" / f"{name}.png").size[0] > 200
-    report = (out / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 4 and report.count("<svg") >= 5 and "<script" not in report
-
-
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
@@ -366,7 +264,7 @@ def test_an_ablation_trains_evaluates_and_reports_and_does_nothing_twice(tmp_pat
     config = tmp_path / "ablate.yaml"
     config.write_text(yaml.safe_dump(settings(num_epochs=1, photos_train_crops=8, photos_val_crops=2, use_repa=False)))
     out = tmp_path / "ablation"
-    options = "--n-images 4 --tokens 8 --inference-steps 1 --encoder efficientnet_lite0".split()
+    options = "--n-images 4 --tokens 8 --inference-steps 1 --encoder efficientnet_lite0 --encoder-image-size 64".split()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments = ["--config", str(config), "--arms", "baseline,repa", "--output", str(out), *options]
     ablation.main(arguments)

@@ -1,7 +1,6 @@
 """A small model computes what the published implementation computes from the same weights (tests/golden/tiny)."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from torch._dynamo.testing import CompileCounter
 
 from flextok.model.layers.attention import Attention
 from flextok.model.trunks.transformers import FlexTransformer
-from flextok.training.models import compile_blocks
 from flextok.utils.checkpoint import load_weights
 from flextok.utils.config import instantiate
 from flextok.utils.random import RANDOM_KEY
@@ -179,13 +177,3 @@ def test_a_compiled_decoder_trains_with_one_graph_for_all_steps():
         assert torch.equal(compiled["train_keep_k"], plain["train_keep_k"])
         assert_close(compiled["vae_latents_reconst"], plain["vae_latents_reconst"].detach())
     assert graphs.frame_count <= 2  # dynamo makes the step a variable when it changes for the first time
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-def test_blocks_compiled_as_for_training_give_the_recorded_velocity(recorded, reference, decoder_input):
-    decoder = build_original(reference).decoder
-    compile_blocks(decoder)
-    with torch.no_grad():
-        velocity = decoder(decoder_input(eval_keep_k=recorded["eval_keep_k"]))["vae_latents_reconst"]
-    assert_close(velocity, recorded["velocity_keep_k"])

@@ -27,48 +27,6 @@ def names_of(trainer) -> dict:
 # Weight decay
 
 
-def test_decay_spares_all_but_the_weights_of_linear_layers_and_convolutions():
-    trainer = make_trainer(decay_all=False, weight_decay=0.1, encoder_lr=3e-4, repa_projector="conv")
-    groups, names = groups_of(trainer), names_of(trainer)
-    assert list(groups) == [
-        "encoder", "encoder.no_decay", "decoder", "decoder.no_decay", "repa_projector", "repa_projector.no_decay"
-    ]  # fmt: skip
-    for name, group in groups.items():
-        assert group["weight_decay"] == (0.0 if name.endswith("no_decay") else 0.1)
-        assert group["lr"] == groups[name.removesuffix(".no_decay")]["lr"]
-    assert {n for n in names["encoder.no_decay"] if not n.endswith("bias")} == {
-        "encoder.module_dict.enc_register_module.registers"
-    }
-    assert {n for n in names["decoder.no_decay"] if not n.endswith("bias")} == {
-        f"decoder.module_dict.{name}" for name in (
-            "dec_registers_posemb_module.posembs", "dec_nested_dropout.dropout_mask_token",
-            "dec_latent_dropout.nullcond",
-        )
-    }  # fmt: skip
-    assert all(p.ndim > 1 for name, g in groups.items() if not name.endswith("no_decay") for p in g["params"])
-
-
-def moments(trainer) -> dict:
-    """The state of each parameter in the optimizer by its name."""
-    state = trainer.optimizer.state
-    return {
-        name: dict(state[p])
-        for group in trainer.optimizer.param_groups
-        for name, p in zip(group["parameter_names"], group["params"])
-    }
-
-
-def test_a_resume_restores_moments_by_parameter_whatever_the_groups(tmp_path):
-    first = make_trainer(tmp_path / "first", decay_all=False, readout_weight=1.0)
-    first.train_step([first_batch(first)])
-    path = first.save_checkpoint()
-    second = make_trainer(tmp_path / "second", decay_all=True, readout_weight=1.0)
-    second.load_checkpoint(path)
-    assert same(moments(first), moments(second)) and all(len(state) == 3 for state in moments(first).values())
-    assert groups_of(second)["encoder"]["lr"] == groups_of(first)["encoder"]["lr"]
-    second.train_step([first_batch(second)])
-
-
 # Muon
 
 

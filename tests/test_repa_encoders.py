@@ -96,6 +96,24 @@ def test_vit_features_equal_a_forward_pass_by_hand_also_at_another_size(size, tm
         torch.testing.assert_close(features[:, :, row, column], expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name, mean, std",
+    [
+        ("efficientnet_lite0", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # not ImageNet's
+        (f"timm:{LAYOUTS[1][0]}", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # CLIP's
+        ("timm:test_efficientnet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ],
+)
+def test_the_first_layer_sees_pixels_normalised_with_the_statistics_of_its_training(name, mean, std, tmp_path):
+    timm_name = name.removeprefix("timm:")
+    encoder = load_encoder(name, image_size=64) if timm_name == name else with_random_weights(timm_name, tmp_path, 64)
+    layers, seen = [module for module in encoder.model.modules() if isinstance(module, torch.nn.Conv2d)], []
+    layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    encoder(make_images())
+    expected = (make_images().numpy().transpose(0, 2, 3, 1) * 0.5 + 0.5 - np.array(mean)) / np.array(std)
+    np.testing.assert_allclose(seen[0].numpy().transpose(0, 2, 3, 1), expected, atol=1e-5)
+
+
 # Before anything is loaded.
 
 

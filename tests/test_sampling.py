@@ -20,7 +20,8 @@ from helpers import (
 from torch import nn
 
 from flextok import FlexTokFromHub
-from flextok.flow_matching.pipelines import DecoderPasses, MinRFPipeline
+from flextok.flow_matching import pipelines
+from flextok.flow_matching.pipelines import MinRFPipeline
 from flextok.training.token_use import reconstructions
 
 SHAPE = (3, 4, 4)
@@ -247,13 +248,18 @@ def test_wrong_tokens_are_refused_with_what_is_wrong(model, tokens, message):
         model.detokenize(tokens, timesteps=1)
 
 
-def test_both_passes_as_one_batch_are_the_two_passes():
-    """As on GPUs, with a token count for each image."""
-    model = tiny_model_that_draws().eval()
-    data_dict = {"enc_registers_quant": torch.randn(3, N_REGISTERS, 6), "eval_keep_k": [1, 8, 3]}
-    x = make_noise(3, *LATENT_SHAPE)
-    predict = DecoderPasses(model.pipeline, data_dict)
-    with torch.no_grad():
-        apart = [predict(x, 0.4, (null,)) for null in (False, True)]
-        torch.testing.assert_close(predict(x, 0.4, (False, True)), torch.cat(apart))
-    assert not torch.allclose(*apart)
+@pytest.mark.parametrize("apg", [False, True])
+def test_both_passes_as_one_batch_as_on_gpus_give_the_same(tokens, monkeypatch, apg):
+    """With a token count for each image."""
+    model, sizes = tiny_model_that_draws().eval(), []
+    transformer = model.decoder.module_dict["dec_transformer"]
+    transformer.register_forward_hook(lambda *call: sizes.append(len(call[2]["dec_packed_seq"])))
+
+    def sample():
+        sampler = dict(timesteps=2, guidance_scale=4.0, perform_norm_guidance=apg, noise=make_noise(3, *LATENT_SHAPE))
+        return model.decode({"tokens": tokens, "eval_keep_k": [1, 8, 3]}, **sampler)["rgb_reconst"]
+
+    apart = sample()
+    monkeypatch.setattr(pipelines, "ONE_BATCH_ON", ("cpu",))
+    torch.testing.assert_close(sample(), apart, rtol=1e-4, atol=1e-4)
+    assert sizes == [3] * 4 + [6] * 2

@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-import yaml
-from helpers import save_tiny_vae, tiny_model
+from helpers import pillow_square, save_tiny_vae, tiny_model
 from PIL import Image
 from safetensors.numpy import load_file
 from test_parallel import finished, together
@@ -19,7 +18,6 @@ from tiny_runs import make_trainer
 from torch.utils.data import DataLoader
 
 from flextok.data import tokens as command
-from flextok.data.images import ImageFolderDataset, list_images
 from flextok.data.token_shards import TokenShardsError, token_dtype
 from flextok.data.tokens import TokenShards
 from flextok.utils.errors import UserError
@@ -61,8 +59,7 @@ def all_tokens(shards: TokenShards) -> torch.Tensor:
 
 
 def pictures(folder, size=32) -> torch.Tensor:
-    dataset = ImageFolderDataset(list_images(folder), size)
-    return torch.stack([dataset[i]["image"] for i in range(len(dataset))])
+    return torch.stack([pillow_square(path, size) for path in sorted(folder.iterdir())])
 
 
 # What the tokens are
@@ -92,19 +89,6 @@ def test_views_are_crops_and_then_their_mirror_images(model, model_folder, image
     views += [view.flip(-1) for view in views]
     assert torch.equal(all_tokens(shards), torch.stack([torch.cat(model.tokenize(view)) for view in views], dim=1))
     assert len(shards.meta["views"]) == 10 and shards.meta["views"][-1].endswith(", mirrored")
-
-
-def test_labels_and_the_split_are_those_of_a_training(model_folder, images, tmp_path):
-    for i, path in enumerate(sorted(images.iterdir())):
-        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / "ab"[i % 2] / path.name).symlink_to(path)
-    config = tmp_path / "tiny.yaml"
-    settings = dict(dataset_name="imagefolder", data_path=str(tmp_path / "data"), img_size=32, val_fraction=0.3)
-    config.write_text(yaml.safe_dump(settings))
-    for split, n in (("train", 5), ("val", 2)):
-        shards = export(model_folder, tmp_path / split, "--config", str(config), "--split", split)
-        assert len(shards) == n and shards.meta["split"] == split and shards.meta["classes"] == ["a", "b"]
-        assert [item["label"] for item in shards] == [int(Path(name).stem) % 2 for name in shards.names]
 
 
 @pytest.mark.parametrize("form", ["safetensors", "parquet"])

@@ -1,25 +1,20 @@
-"""Whether the tokens work: the read-out, validation by token count and noise level, warnings, measured precision."""
+"""Whether the tokens work: the read-out, the choice of the best, warnings, measured precision, fine-tuning."""
 
+import functools
 import logging
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import randomise
-from tiny_runs import first_batch, make_trainer, read_latest, read_metrics, run_main, same, settings
+from tiny_runs import make_trainer, read_latest, read_metrics, run_main, settings
 
-from flextok import FlexTokFromHub
+import train_flextok
 from flextok.training import models
 from flextok.training.config import TrainConfig
-from flextok.training.evaluator import VALIDATION_SEED
-from flextok.training.readout import TokenReadout
-from flextok.training.token_use import psnr, tokens_warning
+from flextok.training.token_use import tokens_warning
 from flextok.utils.config import ConfigError
-from flextok.utils.random import BatchRandom
 
 pytestmark = pytest.mark.usefixtures("no_curves")
-CPU = torch.device("cpu")
 DIGITS = dict(
     model=dict(
         encoder_depth=2, decoder_depth=2, encoder_width=64, decoder_width=64, head_dim=32, n_registers=4, vae="dct",
@@ -30,20 +25,6 @@ DIGITS = dict(
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------- read-out
-
-
-def test_readout_predicts_latents_from_the_first_k_registers_alone():
-    readout = TokenReadout(4, 3, 8)
-    torch.nn.init.normal_(readout.linear.weight)
-    quants, latents = torch.randn(6, 4, 3), torch.randn(6, 2, 2, 2)
-    random = BatchRandom(0, 5, torch.arange(6))
-    counts = random.integers("readout/keep_k", 1, 4).tolist()
-    assert len(set(counts)) > 1
-    errors = []
-    for i, k in enumerate(counts):
-        kept = torch.cat([quants[i, :k].flatten(), torch.zeros((4 - k) * 3)])
-        errors.append((readout.linear.weight @ kept + readout.linear.bias - latents[i].flatten()).square())
-    assert float(readout(quants, latents, random)) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -61,112 +42,12 @@ def test_readout_is_on_for_new_models_and_off_for_published_ones_and_frozen_enco
     assert ("readout" in config.learning_rates()) == (weight > 0)
 
 
-def test_readout_is_part_of_the_training_loss_alone_and_has_an_optimizer_group():
-    trainer = make_trainer(readout_weight=0.5, readout_lr=7e-3, warmup_steps=0)
-    torch.nn.init.normal_(trainer.readout.linear.weight, std=0.1)
-    trainer.model.train()
-    losses = trainer.compute_loss(first_batch(trainer))
-    total = losses["flow_loss"] + losses["repa_loss"] + 0.5 * losses["readout_loss"]
-    assert losses["readout_loss"].item() > 0 and losses["loss"].item() == pytest.approx(total.item(), rel=1e-6)
-    losses["readout_loss"].backward()  # teaches the encoder and not the decoder
-    assert trainer.model.encoder.module_dict["enc_to_latents"].proj.weight.grad.abs().sum() > 0
-    assert all(p.grad is None or not p.grad.any() for p in trainer.model.decoder.parameters())
-    trainer.model.eval()
-    assert "readout_loss" not in trainer.compute_loss(first_batch(trainer))
-    group = trainer.optimizer.param_groups[-1]
-    assert group["name"] == "readout" and group["lr"] == 7e-3
-    assert {id(p) for p in group["params"]} == {id(p) for p in trainer.readout.parameters()}
-
-
-def test_readout_steps_end_it():
-    trainer = make_trainer(readout_weight=1.0, readout_steps=3)
-    trainer.model.train()
-    for step, expected in ((2, 1.0), (3, 0.0)):
-        trainer.global_step = step
-        losses = trainer.compute_loss(first_batch(trainer))
-        rest = losses["flow_loss"] + losses["repa_loss"]
-        assert (losses["loss"] - rest).item() == pytest.approx(expected * losses["readout_loss"].item(), abs=1e-5)
-
-
-def test_readout_is_in_checkpoints_and_not_in_exports(tmp_path):
-    trainer = make_trainer(tmp_path, readout_weight=1.0, use_repa=False)
-    trainer.train(max_steps=2)
-    state = read_latest(tmp_path)["readout_state_dict"]
-    assert same(state, trainer.readout.state_dict()) and state["linear.weight"].abs().sum() > 0
-    exported = FlexTokFromHub.from_pretrained(tmp_path / "export").state_dict()
-    assert exported.keys() == trainer.model.state_dict().keys()
-
-
 # ----------------------------------------------------------------------------------------------------------- validation
-
-
-def test_validation_logs_flow_loss_by_token_count_and_noise_level_and_pictures_psnr(tmp_path):
-    trainer = make_trainer(tmp_path, **DIGITS, val_token_images=8, num_psnr_images=5)
-    trainer.train(max_steps=1)
-    records = read_metrics(tmp_path)
-    record = next(r for r in reversed(records) if "val/flow_loss_k1" in r)
-    levels = [f"val/flow_loss_t{t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    for name in ("val/flow_loss_k1", "val/flow_loss_k4", *levels, "val/codes_distinct_1", "val/codes_entropy_4"):
-        assert math.isfinite(record[name]), name
-    assert "val/flow_loss_k2" not in record  # powers of four, up to all
-    record = records[-1]
-    assert record["step"] == 1 and {"val/psnr_k1", "val/psnr_k4", "val/psnr_mean_image"} < record.keys()
-    images = torch.stack([item["image"] for item in trainer.train_loader.dataset])
-    shown = torch.stack([trainer.val_loader.dataset[i * 297 // 5]["image"] for i in range(5)])
-    expected = psnr(images.mean(0, keepdim=True).expand_as(shown), shown).mean()
-    assert record["val/psnr_mean_image"] == pytest.approx(float(expected), abs=0.02)
-
-
-def test_psnr_is_of_reconstructions_without_guidance_and_pictures_have_theirs(tmp_path):
-    """Of other numbers of images, and by a function of its own where the scales agree."""
-    trainer = make_trainer(tmp_path, **DIGITS, num_psnr_images=6, num_vis_images=2, guidance_scale=4.0)
-    randomise(trainer.model.decoder)
-    columns, by_count, _ = trainer.evaluator.reconstructions()
-    assert [len(column) for column in columns.values()] == [2] * 4
-    found = {}
-    for scale in (1.0, 4.0):
-        for name in ("psnr_guidance_scale", "guidance_scale"):
-            setattr(trainer.config, name, scale)
-        found[scale] = trainer.evaluator.reconstructions()
-    assert by_count == found[1.0][1] and by_count[4] != pytest.approx(found[4.0][1][4], abs=1e-3)
-    of_4, of_1 = (found[scale][0]["4 tokens"][0] for scale in (4.0, 1.0))
-    assert torch.allclose(columns["4 tokens"][0], of_4, atol=1e-3) and not torch.allclose(of_4, of_1, atol=0.1)
-
-
-def test_flow_losses_are_those_of_an_independent_computation():
-    trainer = make_trainer(**DIGITS, val_token_images=8)
-    for p in trainer.model.parameters():
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
-    metrics, tokens = trainer.evaluator.tokens()
-    model, dataset = trainer.model.eval(), trainer.val_loader.dataset
-    images = torch.stack([dataset[i * len(dataset) // 8]["image"] for i in range(8)])
-    random = BatchRandom(VALIDATION_SEED, -3, torch.arange(8))
-    noise = random.normal("flow_noise", (4, 4, 4))
-    with torch.no_grad():
-        encoded = model.encode({"rgb": images})
-        assert torch.equal(encoded["tokens"], tokens)
-        for level, k in ((0.3, 4), (0.9, 4)):
-            noised = level * noise + (1 - level) * encoded["vae_latents"]
-            data = {
-                "enc_registers_quant": encoded["enc_registers_quant"], "vae_latents_noised": noised,
-                "timesteps": torch.full((8,), level), "eval_keep_k": [k] * 8,
-            }  # fmt: skip
-            velocity = model.decoder(data)["vae_latents_reconst"]
-            expected = F.mse_loss(velocity, noise - encoded["vae_latents"])
-            assert metrics[f"val/flow_loss_t{level}"] == pytest.approx(float(expected), rel=1e-4)
-    assert metrics["val/flow_loss_k1"] != metrics["val/flow_loss_k4"]
 
 
 def test_validation_of_tokens_can_be_switched_off(tmp_path):
     trainer = make_trainer(tmp_path, **DIGITS, val_token_images=0)
     assert not any("_k" in key or "codes" in key for key in trainer.validate())
-
-
-def test_psnr_is_that_of_the_definition():
-    a, b = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
-    b[0], b[1] = 0.2, 1.0
-    assert psnr(a, b).tolist() == pytest.approx([20.0, 10 * math.log10(4)])
 
 
 def test_a_run_ends_by_saying_what_was_learned(tmp_path, capsys):
@@ -226,21 +107,6 @@ def test_training_warns_of_tokens_that_carry_nothing_once_and_after_the_warm_up(
     assert caplog.text.count("the tokens carry nothing: all 8 images have the same code") == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- codes kept
-
-
-def test_a_fine_tuning_says_what_share_of_the_codes_it_kept(tmp_path):
-    run_main(tmp_path, run_dir=tmp_path / "first", max_steps=2, **DIGITS)
-    tuned = {**DIGITS, "model": None, "model_name": str(tmp_path / "first" / "export"), "val_token_images": 16}
-    run_main(tmp_path, run_dir=tmp_path / "kept", max_steps=1, learning_rate=1e-12, min_lr=0.0, **tuned)
-    assert [r["val/codes_kept"] for r in read_metrics(tmp_path / "kept") if "val/codes_kept" in r] == [1.0]
-    for max_steps in (1, 3):
-        run_main(tmp_path, run_dir=tmp_path / "lost", max_steps=max_steps, resume="latest", learning_rate=1e-1, **tuned)
-    kept = [r["val/codes_kept"] for r in read_metrics(tmp_path / "lost") if "val/codes_kept" in r]
-    assert len(kept) == 2 and kept[-1] < 1.0  # the codes of the start are remembered by the checkpoint
-    assert not any("val/codes_kept" in r for r in read_metrics(tmp_path / "first"))
-
-
 # ------------------------------------------------------------------------------------------------------------ precision
 
 
@@ -260,13 +126,16 @@ def test_the_measured_precision_is_kept_by_a_resume_whatever_the_machine(tmp_pat
 def test_the_study_of_fine_tuning_rates_keeps_codes_at_small_ones(tmp_path, capsys, monkeypatch):
     from flextok.evaluation import finetuning
 
+    @functools.cache
     def few_digits(*arguments):
         digits = digits_of(*arguments)
         digits.pixels, digits.names, digits.labels = digits.pixels[:32], digits.names[:32], digits.labels[:32]
         return digits
 
-    digits_of = finetuning.digits_of
+    digits_of, tiny = finetuning.digits_of, TrainConfig.from_dict(settings(**DIGITS, inference_steps=1))
     monkeypatch.setattr(finetuning, "digits_of", few_digits)
+    monkeypatch.setattr(train_flextok.FlexTokTrainer, "visualize", lambda trainer: None)  # nothing of the study
+    monkeypatch.setattr(finetuning, "load_config", lambda file: tiny)
     finetuning.main(["--steps", "2", "--tuning-steps", "2", "--rates", "1e-9", "1e-1", "--output", str(tmp_path)])
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows[2:]] == ["not fine-tuned", "1e-09", "0.1"]

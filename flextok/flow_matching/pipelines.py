@@ -15,6 +15,7 @@ from .noise_modules import shifted
 
 APG_MOMENTUM = -0.5
 APG_NORM_THRESHOLD = 2.5
+ONE_BATCH_ON = ("cuda",)  # types of devices on which the two passes of guidance are faster as one batch; not on CPUs
 
 Sizes = int | tuple[int, int] | Sequence[int | tuple[int, int]]
 
@@ -151,7 +152,7 @@ class MinRFPipeline:
             scale = guidance_scale(t) if callable(guidance_scale) else guidance_scale
             if scale == 1.0:
                 velocity = predict(x, t, (False,))
-            elif x.device.type == "cuda":  # one batch of twice the size: faster on GPUs, not on CPUs
+            elif x.device.type in ONE_BATCH_ON:
                 conditional, unconditional = predict(x, t, (False, True)).chunk(2)
                 velocity = guide(conditional, unconditional, scale)
             else:

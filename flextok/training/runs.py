@@ -1,10 +1,12 @@
 """Folders of runs: a new one by name and date, the one to continue, and the settings that each keeps."""
 
+import contextlib
 import datetime
 import itertools
 import logging
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,17 @@ def new_run_dir(config: TrainConfig) -> Path:
         except OSError as error:
             raise UserError(f"cannot make {folder}: {error}. Give another --run-dir, or checkpoint_dir") from error
     return folder
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Let what fails inside before anything is written leave no folder."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def prepare_run_dir(folder: Path, config: TrainConfig, branched_from: Path | None = None) -> None:
