@@ -33,7 +33,7 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -186,6 +186,7 @@ class FlexTokTrainer:
         self.validated_step: int | None = None
         self.pictured_step: int | None = None
         self.images_in_step = 0  # of all processes, in the last step
+        self.step_indices: list[torch.Tensor] = []  # of this process's images in it, in their dataset
         self.last_rates: dict[str, float] = {}  # by optimizer group, in the last step
         if load_encoder:
             self.load_encoder_if_needed()
@@ -347,8 +348,7 @@ class FlexTokTrainer:
                             self.validate_and_draw()  # a checkpoint is written before the validation of its step
                     while self.global_step < last_step:
                         for micro_batches in self.rest_of_epoch():
-                            losses = self.train_step(micro_batches)
-                            self.after_step(losses, micro_batches)
+                            self.after_step(self.train_step(micro_batches))
                             if self.global_step >= last_step:
                                 break
                     self.finish()
@@ -364,26 +364,37 @@ class FlexTokTrainer:
         except NotFinite as error:
             raise UserError(f"{error}. {error.advice(self.checkpointer.saved_step)}") from error
         finally:
+            self.optimizer.zero_grad(set_to_none=True)  # of a step that was cut off between two micro-batches
             self.monitor.close()
             self.monitor = None
 
-    def rest_of_epoch(self) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step of the current epoch, from the current step on."""
+    def rest_of_epoch(self) -> Iterator[Iterable[Batch]]:
+        """The micro-batches of each optimizer step of the current epoch, from the current step on.
+
+        Those of `build_loaders` are drawn as the step needs them: the device has the first one while others are loaded.
+        """
         epoch, first_step = divmod(self.global_step, self.steps_per_epoch)
-        skip, loader = first_step * self.accumulation, self.train_loader
-        if isinstance(loader.batch_sampler, GlobalBatchSampler):
-            loader.batch_sampler.set_state(epoch, first_step)
-            skip = 0
+        loader, sampler = self.train_loader, self.train_loader.batch_sampler
+        in_order = isinstance(sampler, GlobalBatchSampler)
+        if in_order:
+            sampler.set_state(epoch, first_step)
+        skip = 0 if in_order else first_step * self.accumulation
         batches = map(Batch.of, itertools.islice(self.stop_request.interruptible(loader), skip, None))
         batches = iter(self.monitor.waiting_for(batches))
-        while micro_batches := list(itertools.islice(batches, self.accumulation)):
-            yield micro_batches
-        if self.global_step == epoch * self.steps_per_epoch + first_step:
-            raise UserError(f"the training loader ends before its {len(loader)} batches: its len() has to be right")
+        for step in range(first_step, self.steps_per_epoch):
+            if in_order:
+                yield itertools.islice(batches, sampler.micro_batches(step))
+            elif micro_batches := list(itertools.islice(batches, self.accumulation)):
+                yield micro_batches
+            else:
+                raise UserError(f"the training loader ends before its {len(loader)} batches: its len() has to be right")
 
-    def train_step(self, micro_batches: list[Batch]) -> dict[str, torch.Tensor]:
+    def train_step(self, micro_batches: Iterable[Batch]) -> dict[str, torch.Tensor]:
         """One optimizer step on this process's micro-batches of a global batch; it waits for the device with adamw8bit
         alone.
+
+        Args:
+            micro_batches: A list, or an iterator over those that the loader's sampler gives the current step.
 
         Returns:
             This process's part in the mean losses of the global batch, and `grad_norm`, the norm of all gradients
@@ -391,23 +402,30 @@ class FlexTokTrainer:
             averages as they were; schedule and step count go on.
         """
         self.model.train()
-        total = sum(batch.size for batch in micro_batches)
+        step_in_epoch, sampler = self.global_step % self.steps_per_epoch, self.train_loader.batch_sampler
+        if isinstance(micro_batches, list):
+            n, total = len(micro_batches), sum(batch.size for batch in micro_batches)
+        else:
+            n, total = sampler.micro_batches(step_in_epoch), sampler.window_size(step_in_epoch)
         if world_size() > 1:
-            total = self.train_loader.batch_sampler.window_size(self.global_step % self.steps_per_epoch)
-        self.images_in_step = total
+            total = sampler.window_size(step_in_epoch)
+        self.images_in_step, self.step_indices = total, []
         losses: dict[str, torch.Tensor] = {}
         done = 0
         for i, batch in enumerate(micro_batches):
             random = self.random_draws(batch, done, total)
             share = batch.size / total  # every image of the step weighs the same, also in a last, smaller batch
-            last, keep = i == len(micro_batches) - 1, self.config.fsdp_accumulation == "keep"
-            with sync_gradients(self.loss_module, self.parts, last, keep):
+            keep = self.config.fsdp_accumulation == "keep"
+            with sync_gradients(self.loss_module, self.parts, i == n - 1, keep):
                 batch_losses = self.loss_module(batch, random)
                 # The gradient is a sum over images / total; reducing takes a mean over processes: hence their number.
                 self.scaler.scale(batch_losses["loss"] * (share * world_size())).backward()
             for name, value in batch_losses.items():
                 losses[name] = losses.get(name, 0.0) + value.detach() * share
             done += batch.size
+            self.broken_files.note(batch.broken)
+            if batch.size and batch.index is not None:
+                self.step_indices.append(batch.index)
 
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.trained_parameters if p.grad is not None]
@@ -426,7 +444,7 @@ class FlexTokTrainer:
         self.global_step += 1
         return {**losses, "grad_norm": grad_norm}
 
-    def after_step(self, losses: dict[str, torch.Tensor], micro_batches: list[Batch]) -> None:
+    def after_step(self, losses: dict[str, torch.Tensor]) -> None:
         """Log, save, validate and draw where this step is one to do so after.
 
         Raises:
@@ -434,9 +452,9 @@ class FlexTokTrainer:
         """
         config, step = self.config, self.global_step
         self.monitor.step(self.images_in_step)
-        indices = [i for batch in micro_batches if batch.size and batch.index is not None for i in batch.index.tolist()]
-        stop = self.guard.after_step(step, lambda: image_names(self.train_loader.dataset, indices))
-        self.broken_files.note(file for batch in micro_batches for file in batch.broken)
+        indices = self.step_indices
+        names = lambda: image_names(self.train_loader.dataset, torch.cat(indices).tolist() if indices else [])  # noqa: E731
+        stop = self.guard.after_step(step, names)
         if step % config.log_every == 0:
             self.log_step(losses)
         self.end_repa_if_due()

@@ -152,8 +152,8 @@ def test_a_signal_to_all_processes_of_a_job_ends_the_run_after_its_step_with_a_c
     options = ["--config", tmp_path / "tiny.yaml", "--device", "cpu", "--run-dir", run_dir, "--resume", "latest"]
     process = Script(script, *options, int(signum), new_session=True).wait()
     assert process.returncode == 128 + signum, process.stderr
-    assert f"stopped by {signum.name} after step 2" in process.stderr
-    assert "Traceback" not in process.stderr and read_latest(run_dir)["global_step"] == 2
+    assert f"stopped by {signum.name} after step 1" in process.stderr
+    assert "Traceback" not in process.stderr and read_latest(run_dir)["global_step"] == 1
     process = Script(script, *options, "--max-steps", "4", 0).wait()
     assert process.returncode == 0
     assert not any(word in process.stderr for word in ("Traceback", "Exception", "killed"))
@@ -179,8 +179,8 @@ def test_a_loading_process_that_is_stopped_does_not_keep_the_program_alive(tmp_p
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings(**CHANGES | dict(num_workers=2))))
     options = ["--config", tmp_path / "tiny.yaml", "--device", "cpu", "--run-dir", tmp_path / "run"]
     process = Script(tmp_path / "stopped.py", *options).wait(60)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM after step 2" in process.stderr
-    assert read_latest(tmp_path / "run")["global_step"] == 2
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM after step 1" in process.stderr
+    assert read_latest(tmp_path / "run")["global_step"] == 1
 
 
 def test_a_signal_in_a_validation_or_picture_is_heard_at_once(tmp_path, uninterrupted, monkeypatch):

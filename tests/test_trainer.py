@@ -147,6 +147,16 @@ def test_a_part_that_is_not_trained_stays_as_it_is(tmp_path, part):
     assert part not in [group["name"] for group in trainer.optimizer.param_groups]
 
 
+def test_a_step_begins_before_its_second_micro_batch_is_loaded(tmp_path):
+    """On a GPU the first one computes while the others are loaded."""
+    trainer = make_trainer(tmp_path, use_repa=False, batch_size=2, gradient_accumulation_steps=3, val_token_images=0)
+    events, read, compute_loss = [], trainer.train_loader.dataset.read, trainer.compute_loss
+    trainer.train_loader.dataset.read = lambda index: events.append("image") or read(index)
+    trainer.compute_loss = lambda *arguments: events.append("loss") or compute_loss(*arguments)
+    trainer.train(max_steps=2)
+    assert events[:18] == ["image", "image", "loss"] * 6
+
+
 def test_a_run_leaves_no_loading_processes_and_goes_on_with_new_ones(tmp_path):
     trainer = make_trainer(tmp_path, use_repa=False, num_workers=2)
     for step in (2, 4):  # in mid-epoch
