@@ -143,10 +143,6 @@ def step_that_one_process_spoils(run_dir: Path, **changes) -> dict:
     )  # fmt: skip
 
 
-def without_reduction(compute, parts):
-    return parallel.Losses(parallel.called_modules(parts), compute)
-
-
 def first_gradients(run_dir: Path, **changes) -> dict:
     """Gradients of a first step in bf16 autocast, fp32 weights."""
     config = TrainConfig.from_dict(settings(**{**dict(batch_size=GLOBAL_BATCH // world_size()), **changes}))

@@ -182,19 +182,6 @@ def test_only_shards_that_are_missing_are_computed(model_folder, images, tmp_pat
     assert kept.stat().st_mtime_ns == changed and "1 of 3 shards to write" in capsys.readouterr().out
 
 
-def test_broken_images_are_named_and_left_out(model, model_folder, images, tmp_path, caplog):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for path in images.iterdir():
-        (folder / path.name).write_bytes(b"broken" if path.stem in "0345" else path.read_bytes())
-    shards = export(model_folder, tmp_path / "tokens", data=folder)
-    assert shards.index.tolist() == [1, 2, 6]
-    expected = torch.cat(model.tokenize(pictures(images)))
-    assert torch.equal(all_tokens(shards)[:, 0], expected[[1, 2, 6]])
-    named = re.findall(r"cannot read the image \S*/(\d)\.png: .*; it is left out", caplog.text)
-    assert named == ["0", "3", "4", "5"]
-
-
 def test_two_processes_write_the_shards_of_one(model_folder, images, tmp_path):
     alone = all_tokens(export(model_folder, tmp_path / "one", data=images))
     command = ["--model", model_folder, "--data", images, "--output", tmp_path / "two", "--device", "cpu"]

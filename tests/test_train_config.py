@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pydantic
 import pytest
-import torch
 import yaml
 
 from flextok.training.config import (
@@ -14,7 +13,6 @@ from flextok.training.config import (
     json_schema,
     load_config,
 )
-from flextok.training.runs import find_run, new_run_dir, write_config
 from flextok.utils.config import ConfigError
 from flextok.utils.plain import parse_yaml
 
@@ -103,11 +101,6 @@ def test_what_is_merely_unwise_is_a_warning(file, caplog, monkeypatch):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("disabled", [True, False])
-def test_the_older_name_of_gradient_checkpointing_has_the_opposite_sense(disabled):
-    assert config(disable_gradient_checkpointing=disabled).gradient_checkpointing is not disabled
-
-
 def test_celebahq_may_be_spelled_in_any_way():
     assert config(dataset_name="CelebA-HQ", data_path=".").dataset_name == "celebahq"
 
@@ -188,15 +181,6 @@ def test_an_override_without_key_or_value_is_refused(file, override):
 # Stored configs
 
 
-def test_a_config_survives_the_way_through_files(tmp_path):
-    settings = config(use_repa=True, model={"encoder_depth": 3}, wandb_tags=["a"])
-    assert TrainConfig.from_dict(settings.to_dict()) == settings
-    write_config(tmp_path, settings)
-    assert load_config(tmp_path / "config.yaml") == settings
-    torch.save(settings.to_dict(), tmp_path / "checkpoint.pt")
-    assert TrainConfig.from_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)) == settings
-
-
 USERS_OWN = """
 model_name: EPFL-VILAB/flextok_d18_d18_in1k
 disable_gradient_checkpointing: false
@@ -235,17 +219,6 @@ def test_a_config_that_people_have_is_valid_as_it_is(tmp_path):
 
 
 # The run's folder
-
-
-def test_a_run_lies_in_checkpoint_dir_whatever_its_name_and_is_found_again(tmp_path):
-    for name, folder in (("a/b", "a_b"), ("../x/", ".._x"), ("/", "flextok")):
-        settings = config(wandb_run_name=name, checkpoint_dir=str(tmp_path))
-        run_dir = new_run_dir(settings)
-        assert run_dir.parent == tmp_path and run_dir.name.startswith(f"{folder}-2")
-        latest = run_dir / "checkpoints" / "latest.pt"
-        latest.parent.mkdir()
-        latest.touch()
-        assert find_run(settings, "latest", None) == (run_dir, latest)
 
 
 # The schema for editors
