@@ -90,11 +90,6 @@ def test_resuming_a_run_with_caches_is_exact(whole, full):
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_latents_of_a_vae_that_computes_nothing_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="this model's VAE computes nothing"):
-        run_main(tmp_path, cache_dir=str(tmp_path / "cache"), cache_latents=True, **CACHED)
-
-
 def refused(folder, cache, message, **changes):
     """A run with this cache ends before training with a CacheError."""
     with pytest.raises(CacheError, match=message) as error:

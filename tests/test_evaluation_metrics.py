@@ -1,4 +1,4 @@
-"""Numbers of an evaluation, each against another implementation, a closed form, or the definition written out."""
+"""Networks of an evaluation against other implementations; its other numbers are in test_evaluation_numbers.py."""
 
 import numpy as np
 import pytest
@@ -29,9 +29,6 @@ def photographs():
     original = torch.stack(crops).permute(0, 3, 1, 2) / 127.5 - 1
     strength = torch.tensor([0.05, 0.2]).view(2, 1, 1, 1)
     return original, (original + strength * randn(2, 3, 48, 64)).clamp(-1, 1)
-
-
-# Images and features; their numbers are in test_evaluation_numbers.py.
 
 
 # Networks with weights: random ones stand in for the published, in the place where those are looked for.
@@ -99,9 +96,6 @@ def test_missing_weights_are_named_with_the_place_to_copy_them_to(weights_folder
         load()
     for part in (str(weights_folder / file), "https://", "no route to host", "copy it to"):
         assert part in str(error.value)
-
-
-# Means.
 
 
 # Tokens.

@@ -1,4 +1,4 @@
-"""Memory over a long run."""
+"""The peak of memory that is reported."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Behaviour of flextok.data.record_cache: what is stored is read back, despite kills, full disks, other processes."""
+"""Behaviour of flextok.data.record_cache: kills, a full disk, and several processes that fill it."""
 
 import errno
 import multiprocessing
@@ -50,15 +50,6 @@ def in_children(n, function):
     return [process.exitcode for process in processes]
 
 
-# Values
-
-
-# States of images
-
-
-# Opening
-
-
 def test_a_disk_that_fills_during_creation_leaves_no_files(folder, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -68,9 +59,6 @@ def test_a_disk_that_fills_during_creation_leaves_no_files(folder, monkeypatch):
         create(folder)
     assert [path.name for path in folder.iterdir()] == ["create.lock"]
     assert create(folder).missing().size == N
-
-
-# Several processes
 
 
 def fill_with_claims(folder, log, ready, die_at=None):

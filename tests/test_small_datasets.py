@@ -1,4 +1,4 @@
-"""Images that come without a download: scikit-learn's digits and rendered emoji; and folders for validation."""
+"""Images that come without a download: scikit-learn's digits and rendered emoji; folders too small for validation."""
 
 import itertools
 

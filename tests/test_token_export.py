@@ -108,16 +108,6 @@ def test_an_image_without_a_label_has_minus_one_and_is_counted(model_folder, ima
         next((tmp_path / "tokens").glob("tokens-00001.*")).unlink()
 
 
-def test_codes_above_two_to_the_31_are_exported_as_they_are(images, tmp_path):
-    model = tiny_model(fsq_levels=[64, 64, 64, 64, 64, 32])
-    model.save_pretrained(tmp_path / "model")
-    expected = torch.cat(model.tokenize(pictures(images)))
-    assert expected.max() >= 1 << 31
-    for form in ("safetensors", "parquet"):
-        shards = export(tmp_path / "model", tmp_path / form, "--format", form, data=images)
-        assert torch.equal(all_tokens(shards)[:, 0], expected)
-
-
 def test_what_a_vae_samples_does_not_depend_on_batches(tmp_path, images):
     save_tiny_vae(tmp_path / "vae")
     model = tiny_model(vae="stable_diffusion", vae_hub_path=str(tmp_path / "vae"), latent_channels=4)

@@ -35,21 +35,15 @@ WRONG = [
     ({"use_rpea": True}, "unknown setting: 'use_rpea' (did you mean 'use_repa'?)"),
     ({"learning_rate": "1e-4"}, "learning_rate is '1e-4', expected a number: remove the quotes"),
     ({"learning_rate": 0}, "learning_rate is 0, expected more than 0"),
-    ({"learning_rate": float("nan")}, "learning_rate is nan, expected a finite number"),
     ({"batch_size": 1.5}, "batch_size is 1.5, expected a whole number"),
-    ({"val_batch_size": "4"}, "val_batch_size is '4', expected a whole number or null: remove the quotes"),
     ({"use_repa": "yes"}, "use_repa is 'yes', expected true or false"),
-    ({"use_amp": "yes"}, "use_amp is 'yes', expected true or false or auto"),
-    ({"wandb_run_name": 2024}, "wandb_run_name is 2024, expected text or null: put it in quotes"),
     ({"betas": [0.9]}, "betas is [0.9], expected at least 2 values"),
-    ({"fsq_levels": [8, 1]}, "fsq_levels is [8, 1], expected at least 2 or null"),
     (
         {"scheduler": "cosin"},
         "scheduler is 'cosin', expected one of cosine, linear, wsd, none (did you mean 'cosine'?)",
     ),
     ({"dataset_name": "celebhq"}, "dataset_name is 'celebhq' (did you mean 'celebahq'?); use `folder` for others"),
     ({"flow": {"shfit": 2}}, "unknown setting: 'flow.shfit' (did you mean 'shift'?)"),
-    ({"flow": {"shift": 0}}, "flow.shift is 0, expected more than 0 or null"),
     ({"repa_layers": [1, 1]}, "repa_layers is [1, 1], expected different layers, at least one, or null"),
 ]
 
@@ -99,10 +93,6 @@ def test_what_is_merely_unwise_is_a_warning(file, caplog, monkeypatch):
     monkeypatch.delenv("RANK")
     load_config(file)
     assert not caplog.messages
-
-
-def test_celebahq_may_be_spelled_in_any_way():
-    assert config(dataset_name="CelebA-HQ", data_path=".").dataset_name == "celebahq"
 
 
 def test_the_home_folder_may_be_written_as_a_tilde():
@@ -158,13 +148,9 @@ def test_overrides_replace_settings_of_the_file_and_reach_into_the_model(file):
     "override, value",
     [
         ("data_path=a #1", "a #1"),
-        ("data_path=[1]", "[1]"),
-        ("data_path=x=y", "x=y"),
         ("data_path='a b'", "a b"),  # quotes around it all are not part of it
         ("wandb_run_name=true", "true"),
         ("wandb_run_name=null", None),
-        ("scheduler=none", "none"),
-        ("use_amp=false", False),
         ("wandb_tags=[a, b]", ["a", "b"]),
     ],
 )
