@@ -17,7 +17,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.html = path.read_text(encoding="utf-8")
-        self.open, self.texts, self.sources, self.links, self.tags = [], [], [], [], []
+        self.open, self.texts, self.sources, self.tags = [], [], [], []
         self.feed(self.html)
         self.close()
         assert self.open == [], f"not closed: {self.open}"
@@ -27,9 +27,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         for name, value in attributes:
-            if name == "href" and tag == "a":
-                self.links.append(value)
-            elif name in ("src", "srcset", "href", "data", "poster", "action"):
+            if name in ("src", "srcset", "href", "data", "poster", "action") and tag != "a":
                 self.sources.append(value)
         if tag not in VOID:
             self.open.append(tag)
