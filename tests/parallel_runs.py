@@ -143,10 +143,6 @@ def step_that_one_process_spoils(run_dir: Path, **changes) -> dict:
     )  # fmt: skip
 
 
-def without_reduction(compute, parts):
-    return parallel.Losses(parallel.called_modules(parts), compute)
-
-
 def first_gradients(run_dir: Path, **changes) -> dict:
     """Gradients of a first step in bf16 autocast, fp32 weights."""
     config = TrainConfig.from_dict(settings(**{**dict(batch_size=GLOBAL_BATCH // world_size()), **changes}))
@@ -174,17 +170,14 @@ RUNS = {
     "fsdp": dict(WITH_ALL, parallel="fsdp", batch_size=1, visualize_every=1),
     "fsdp, kept": dict(WITH_ALL, parallel="fsdp", batch_size=1, fsdp_accumulation="keep", gradient_checkpointing=True),
     "fsdp, compiled": dict(PLAIN, parallel="fsdp", compile=True),
-    "not reduced": dict(WITH_ALL),
 }
 
 
 def main(folder: Path) -> None:
     results = {}
     for name, changes in RUNS.items():
-        train_flextok.data_parallel = without_reduction if name == "not reduced" else parallel.data_parallel
         results[name] = train_briefly(folder / name, **changes)
         dist.barrier()
-    train_flextok.data_parallel = parallel.data_parallel
     for name in ("ddp", "fsdp"):
         checkpoint = folder / "one" / "checkpoints" / "latest.pt"
         resumed = train_briefly(folder / f"{name}, resumed", STEPS + 2, checkpoint, **RUNS[name])

@@ -13,17 +13,8 @@ from flextok.benchmark.__main__ import main
 from flextok.model.utils.repa_loss import load_encoder
 from flextok.training.config import TrainConfig
 from flextok.training.models import new_model_config
-from flextok.vae_wrapper import StableDiffusionVAE
 
 CPU = torch.device("cpu")
-
-
-def test_arms_take_turns_and_the_first_round_is_not_counted():
-    order = []
-    arms = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = timing.alternate(arms, rounds=2, device=CPU, at_least=0)
-    assert "".join(order) == "abcabcabc"
-    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "c": 2}
 
 
 def test_figures_are_of_one_round_and_of_the_operations_and_tensors_that_torch_counts(capsys):
@@ -95,13 +86,6 @@ def test_scale_counts_what_a_real_step_takes(tiny, monkeypatch, capsys):
     assert "7.18 TB" in capsys.readouterr().out
 
 
-def data_arguments(*options):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
-    data.add_arguments(parser)
-    return parser.parse_args(options)
-
-
 def test_both_ways_of_loading_give_nearly_the_same_images(tmp_path):
     """From the command line, with the numbers in a file."""
     numbers = tmp_path / "numbers.json"
@@ -115,12 +99,3 @@ def test_both_ways_of_loading_give_nearly_the_same_images(tmp_path):
     difference = result["difference"]  # in units of a 255th
     assert 0 < difference["mean"] <= difference["largest_mean_of_a_file"] < 2
     assert difference["mean"] < difference["maximum"] < 30
-
-
-def test_waiting_is_measured_for_images_and_for_cached_latents(tiny, monkeypatch):
-    encoded, moments = [], StableDiffusionVAE.moments
-    monkeypatch.setattr(StableDiffusionVAE, "moments", lambda vae, x: encoded.append(len(x)) or moments(vae, x))
-    options = ("--source-size", "96", "--image-size", "64", "--wait-steps", "2", "--num-workers", "0")
-    shares = data.waiting(data_arguments(*options), 3, CPU, torch.float32)
-    assert len(shares) == 2 and all(0 <= share <= 1 for share in shares)
-    assert encoded == [3] * 4  # two batches, mirrored and not, for the cache; none when it is read

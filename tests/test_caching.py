@@ -81,12 +81,6 @@ def test_training_from_the_cache_gives_the_losses_of_training_without(tmp_path, 
         assert filling[min(filling)] == pytest.approx(online[min(online)], abs=1e-5), name
 
 
-def test_an_encoder_that_a_cache_stands_in_for_is_not_loaded(whole):
-    cached = make_trainer(cache_dir=str(whole / "cache"), **CACHED)
-    with pytest.raises(RuntimeError, match="efficientnet_lite0 is not loaded: its features come from the cache"):
-        sum(p.numel() for p in cached.repa_module.encoder.parameters())
-
-
 def test_resuming_a_run_with_caches_is_exact(whole, full):
     expected, parts = read_latest(whole / "whole"), read_latest(full)
     for key in ("model_state_dict", "optimizer_state_dict", "repa_module_state_dict", "constant_losses"):
@@ -94,11 +88,6 @@ def test_resuming_a_run_with_caches_is_exact(whole, full):
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
-
-
-def test_latents_of_a_vae_that_computes_nothing_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="this model's VAE computes nothing"):
-        run_main(tmp_path, cache_dir=str(tmp_path / "cache"), cache_latents=True, **CACHED)
 
 
 def refused(folder, cache, message, **changes):
@@ -278,29 +267,3 @@ def test_the_command_says_the_size_fills_and_finds_nothing_left_to_do(tmp_path, 
     assert capsys.readouterr().out.count("complete") == 2
     with pytest.raises(ConfigError, match="the config caches nothing: add --set repa_cache=true"):
         cache_features.main([*arguments, "--set", "repa_cache=false"])
-
-
-def test_a_cache_with_mirrored_images_is_completed_by_a_run_without_them(tmp_path, whole):
-    """As where a run is killed while it fills, and the next has use_augmentation false."""
-    shutil.copytree(whole / "cache", tmp_path / "cache")
-    done = next((tmp_path / "cache").glob("*/features-*/train/done.bin"))
-    done.write_bytes(bytes(5) + done.read_bytes()[5:])
-    records = done.with_name("records.bin")
-    records.write_bytes(bytes(1000) + records.read_bytes()[1000:])
-    fill(tmp_path, use_augmentation=False, **CACHED)
-    assert set(done.read_bytes()) == {1}
-    there = next((whole / "cache").glob("*/features-*/train/records.bin"))
-    assert records.stat().st_size == there.stat().st_size
-    values = [torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.float16) for file in (records, there)]
-    assert torch.allclose(*values, atol=1e-2)
-
-
-def test_auto_takes_the_precision_of_the_features_that_are_there(tmp_path, monkeypatch):
-    """Which one is faster is measured on a CPU, and may come out otherwise next time."""
-    for faster in (False, True):
-        monkeypatch.setattr("flextok.model.utils.repa_encoders.faster_in_bf16", lambda *_, faster=faster: faster)
-        changes = {**CACHED, "repa_encoder_dtype": "auto"}
-        run_main(tmp_path, run_dir=tmp_path / str(faster), cache_dir=str(tmp_path / "cache"), max_steps=1, **changes)
-        fill(tmp_path, **changes)
-    assert read_metrics(tmp_path / "False") == read_metrics(tmp_path / "True")
-    assert yaml.safe_load((tmp_path / "True" / "config.yaml").read_text())["repa_encoder_dtype"] == "fp32"

@@ -1,9 +1,7 @@
 """The command line as users call it, in processes of its own."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 import textwrap
@@ -123,23 +121,6 @@ def test_wandb_without_login_goes_offline_and_gets_the_metrics(tmp_path):
     assert result.returncode == 0, result.stderr
     (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert list(offline.glob("*.wandb")) and "offline" in result.stderr
-
-
-@pytest.mark.parametrize("login", ["localhost:9", "api.wandb.ai", None])
-def test_wandb_is_asked_for_its_server_and_login(tmp_path, login):
-    """`wandb login --host` leaves the server in W&B's settings file, and the key in netrc under its name and port."""
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-        (tmp_path / ".config" / "wandb").mkdir(parents=True)
-        (tmp_path / ".config" / "wandb" / "settings").write_text(f"[default]\nbase_url = http://localhost:{port}\n")
-        machine = "" if login is None else f"machine {login.replace(':9', f':{port}')} login user password {'a' * 40}\n"
-        (tmp_path / "netrc").write_text(machine)
-        os.chmod(tmp_path / "netrc", 0o600)
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-        environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
-        code = "import wandb; from flextok.training.monitor import wandb_mode; print(wandb_mode(wandb))"
-        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.stdout.split()[-1] == ("online" if login == "localhost:9" else "offline"), result.stderr
 
 
 def test_a_run_without_the_wandb_package_still_trains(tmp_path):

@@ -3,22 +3,19 @@
 import logging
 import multiprocessing
 import os
-import pickle
 import resource
 import signal
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, PngImagePlugin, features
+from PIL import Image, features
 
 from flextok.data.batch import FILLER
 from flextok.data.images import (
     BrokenFile,
     BrokenImage,
     ImageFolderDataset,
-    NoReadableImage,
-    image_to_tensor,
     list_images,
     load_image,
     split_paths,
@@ -31,8 +28,6 @@ from flextok.data.loader import (
     build_loader,
 )
 from flextok.data.photos import PHOTOS, PhotoCrops, photo_path
-from flextok.data.sources import build_datasets
-from flextok.training.config import TrainConfig
 
 AVIF = ["avif"] if features.check("avif") else []
 
@@ -179,6 +174,7 @@ def test_images_of_any_mode_are_read_as_rgb_over_white(tmp_path, name):
     assert np.abs(read(save(tmp_path / name, image)) - np.asarray(expected, dtype=float)).max() < 1
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("orientation, quarters", [(3, 2), (6, 1), (8, -1)])
 def test_exif_orientation_is_applied(tmp_path, orientation, quarters):
     upright = noise(6, 9)
@@ -193,6 +189,8 @@ def test_exif_orientation_is_applied(tmp_path, orientation, quarters):
     assert np.abs(drafted[50::100, 50::100].astype(int) - upright[200::400, 200::400]).max() < 12
 
 
+=======
+>>>>>>> w-cut2
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tif", "gif", "jfif", *AVIF])
 def test_truncated_files_are_broken(tmp_path, extension):
     path = save(tmp_path / f"a.{extension}", noise(50, 50))
@@ -204,84 +202,10 @@ def test_truncated_files_are_broken(tmp_path, extension):
             load_image(path)
 
 
-def test_empty_foreign_and_missing_files_are_broken(tmp_path):
-    touch(tmp_path, "text.jpg")
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    for name in ("text.jpg", "empty.jpg", "program.jpg"):
-        with pytest.raises(BrokenImage, match="empty, damaged, or not a JPEG"):
-            load_image(tmp_path / name)
-    with pytest.raises(BrokenImage, match="No such file"):
-        load_image(tmp_path / "gone.jpg")
-
-
 @pytest.mark.filterwarnings("error")
 def test_a_panorama_beyond_pillows_own_limit_is_read(tmp_path):
     path = save(tmp_path / "panorama.jpg", Image.new("L", (20_000, 10_000), 99))
     assert load_image(path, min_size=256).size == (2500, 1250)
-
-
-# Tensors
-
-
-def test_pixels_of_an_image_of_the_right_size_are_unchanged():
-    pixels = noise(32, 33)
-    result = image_to_tensor(Image.fromarray(pixels), 32)
-    assert torch.equal((result + 1).mul(127.5).round().byte().permute(1, 2, 0), torch.from_numpy(pixels[:, :32]))
-    extremes = image_to_tensor(Image.fromarray(np.array([[[0, 128, 255]]], dtype=np.uint8)), 1)
-    assert extremes.flatten().tolist() == pytest.approx([-1, 1 / 255, 1], abs=1e-6)
-
-
-# Datasets
-
-
-def test_dataset_serves_the_contract(folder):
-    dataset = ImageFolderDataset(list_images(folder), img_size=16, flip=True, crop="random")
-    assert len(dataset) == 12 and dataset.names[10] == "10.png" and dataset.name(10) == str(folder / "10.png")
-    item = dataset[10]
-    assert torch.equal(item.pop("image"), image_to_tensor(Image.fromarray(noise(20, 30, seed=10)), 16))
-    assert item == {"index": 10, "position": 10, "view": 0, "broken": ()}
-    assert [dataset[(3, 7, 5)][key] for key in ("index", "position")] == [3, 5]
-    assert [item["index"] for item in dataset] == list(range(12))
-    for other in (dataset, PhotoCrops("val", 16, 5)):  # as a spawned worker gets it
-        copy = pickle.loads(pickle.dumps(other))
-        assert torch.equal(copy[3]["image"], other[3]["image"]) and copy.identity() == other.identity()
-
-
-def test_broken_files_are_replaced_by_the_next_readable_one(folder):
-    paths = list_images(folder)
-    for i in (4, 5, 11):
-        paths[i].write_bytes(b"")
-    dataset = ImageFolderDataset(paths, img_size=16)
-    item = dataset[(4, 0, 9)]
-    assert (item["index"], item["position"]) == (6, 9)
-    assert [file.path for file in item["broken"]] == list(map(str, paths[4:6]))
-    assert all("empty, damaged, or not a JPEG" in file.reason for file in item["broken"])
-    assert torch.equal(item["image"], dataset[6]["image"])
-    assert dataset[11]["index"] == 0 and dataset[11]["broken"][0].path == str(paths[11])
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_dataset_without_a_readable_file_says_so(tmp_path, num_workers):
-    touch(tmp_path, "1.jpg", "2.jpg")
-    loader = build_loader(ImageFolderDataset(list_images(tmp_path), 16), GlobalBatchSampler(2, 1), num_workers, "cpu")
-    with pytest.raises(
-        NoReadableImage, match=r"^none of the 2 images .* can be read .*\.jpg: empty, .*check that data_path"
-    ):
-        next(iter(loader))
-
-
-def test_identity_changes_with_the_data(folder):
-    def identity(**changes):
-        return ImageFolderDataset(**{"paths": list_images(folder), "img_size": 16, **changes}).identity()
-
-    first = identity()
-    assert first == identity(flip=True, seed=3)
-    assert len({first, identity(img_size=32), identity(crop="random"), identity(paths=list_images(folder)[1:])}) == 4
-    folder = folder.rename(folder.with_name("moved"))
-    assert identity() == first
-    (folder / "3.png").write_bytes(b"x")
-    assert identity() != first
 
 
 # Photographs
@@ -364,16 +288,6 @@ def test_ranks_yield_equally_many_micro_batches(world_size, batch_size, accumula
             assert sum(sizes) == size and max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("step_in_epoch", [0, 1, 5])
-def test_set_state_resumes_with_exactly_the_rest_of_the_epoch(step_in_epoch):
-    sampler = GlobalBatchSampler(53, batch_size=3, accumulation=2, world_size=2, rank=1)
-    sampler.set_state(2, 0)
-    whole = list(sampler)
-    sampler.set_state(2, step_in_epoch)
-    assert list(sampler) == [batch for batch in whole if batch[0][1] >= 2 * 5 + step_in_epoch]
-    assert sampler.steps_per_epoch == 5 and len(sampler) == len(whole)
-
-
 # Loader
 
 
@@ -417,29 +331,6 @@ def test_a_killed_loading_process_ends_the_loading_with_one_line(folder, monkeyp
             batches = iter(loader)
 
 
-# Configuration
-
-
-def config(**changes):
-    return TrainConfig.from_dict({"dataset_name": "folder", "img_size": 16, "crop": "random", **changes})
-
-
-def test_build_datasets_of_a_folder_photographs_and_celebahq(folder, caplog):
-    train, val = build_datasets(config(data_path=str(folder), val_fraction=0.25))
-    assert len(train) == 9 and len(val) == 3 and not set(train.names) & set(val.names)
-    assert train.flip and train.crop == "random" and not val.flip and val.crop == "center"
-    assert not any(val[(0, 0, position)]["view"] for position in range(20))
-    plain, none = build_datasets(config(data_path=str(folder), val_fraction=0.0, use_augmentation=False, crop="center"))
-    assert len(plain) == 12 and none is None and not plain.flip and plain.crop == "center"
-    train, val = build_datasets(config(dataset_name="photos", seed=2, photos_train_crops=12, photos_val_crops=5))
-    assert (len(train), len(val)) == (12, 5) and train.flip and not val.flip
-    assert train.names == PhotoCrops("train", 16, 12).names
-    train, val = build_datasets(config(data_path=str(folder), dataset_name="celebahq"))
-    assert train.names == [f"{i}.png" for i in range(11)] and val.names == ["11.png"] and "celebahq" in caplog.text
-    with pytest.raises(ValueError, match="data_path is None, but dataset_name is 'celebahq': set data_path"):
-        build_datasets(config(dataset_name="celebahq"))
-
-
 # Broken files
 
 
@@ -460,15 +351,3 @@ def test_broken_files_are_logged_once_with_the_reason_and_end_a_run_beyond_one_p
     broken.note([BrokenFile("b.jpg", "no b")])
     with pytest.raises(TooManyBrokenFiles, match="2 of 3"):
         broken.report()
-
-
-def test_png_files_with_large_texts_and_profiles_are_read(tmp_path):
-    """Editors store megabytes of XMP history in a PNG, compressed or not; profiles of printers have megabytes too."""
-    pixels, large = noise(16, 24), np.random.default_rng(0).integers(97, 123, 2_500_000, dtype=np.uint8).tobytes()
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("XML:com.adobe.xmp", large.decode(), zip=True)
-    info.add_text("Comment", large.decode())
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + large
-    for options in ({"pnginfo": info}, {"icc_profile": profile}):
-        path = save(tmp_path / "edited.png", pixels, **options)
-        assert path.stat().st_size > 1_000_000 and (read(path) == pixels).all()

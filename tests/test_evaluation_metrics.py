@@ -1,6 +1,4 @@
-"""Numbers of an evaluation, each against another implementation, a closed form, or the definition written out."""
-
-import math
+"""Networks of an evaluation against other implementations; its other numbers are in test_evaluation_numbers.py."""
 
 import numpy as np
 import pytest
@@ -14,14 +12,10 @@ from torchvision.models import alexnet
 
 from flextok.evaluation.metrics import (
     MetricUnavailable,
-    frechet_distance,
     load_inception,
     load_lpips,
-    mean_with_confidence,
-    sample_warning,
-    ssim,
 )
-from flextok.evaluation.tokens import code_statistics, first_tokens_silhouette
+from flextok.evaluation.tokens import first_tokens_silhouette
 
 
 def randn(*shape, seed=0):
@@ -35,18 +29,6 @@ def photographs():
     original = torch.stack(crops).permute(0, 3, 1, 2) / 127.5 - 1
     strength = torch.tensor([0.05, 0.2]).view(2, 1, 1, 1)
     return original, (original + strength * randn(2, 3, 48, 64)).clamp(-1, 1)
-
-
-# Images and features; their numbers are in test_evaluation_numbers.py.
-
-
-def test_ssim_needs_room_for_its_window_and_features_without_variance_have_a_distance():
-    with pytest.raises(ValueError, match="11 x 11"):
-        ssim(torch.zeros(1, 3, 10, 16), torch.zeros(1, 3, 10, 16))
-    distance = frechet_distance(4)
-    distance.update(torch.ones(3, 4), real=True)
-    distance.update(torch.zeros(5, 4), real=False)
-    assert distance.compute().item() == pytest.approx(4.0)
 
 
 # Networks with weights: random ones stand in for the published, in the place where those are looked for.
@@ -116,31 +98,7 @@ def test_missing_weights_are_named_with_the_place_to_copy_them_to(weights_folder
         assert part in str(error.value)
 
 
-# Means.
-
-
-def test_one_value_has_no_interval_others_that_are_not_finite_no_mean_and_small_samples_are_warned_of():
-    assert mean_with_confidence([2.5]) == {"value": 2.5, "n": 1, "low": None, "high": None}
-    with pytest.raises(ValueError, match="1 of 2 values are NaN"):
-        mean_with_confidence([1.0, math.nan])
-    assert "30" in sample_warning("psnr", 29) and sample_warning("psnr", 30) is None
-    assert "singular" in sample_warning("rfid", 2048, 2048) and sample_warning("rfid", 10_000, 2048) is None
-
-
 # Tokens.
-
-
-def test_entropy_of_known_distributions():
-    uniform, constant = torch.arange(8), torch.full((8,), 5)
-    halves = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])  # 1/2, 1/4, 1/8, 1/8
-    result = code_statistics(torch.stack([uniform, constant, halves], dim=1), codebook_size=1000)
-    assert result["used"] == [8, 1, 4]
-    assert result["entropy_bits"] == pytest.approx([3.0, 0.0, 1.75])
-    assert result["perplexity"] == pytest.approx([8.0, 1.0, 2**1.75])
-    assert result["used_overall"] == 8
-    assert code_statistics(torch.tensor([[0, 7, 7], [0, 8, 9]]), 10)["used_overall"] == 4
-    with pytest.raises(ValueError, match=r"0\.\.10, but a codebook of 10 has 0\.\.9"):
-        code_statistics(torch.tensor([[0, 10]]), 10)
 
 
 def test_silhouette_without_classes_is_that_of_clusters():

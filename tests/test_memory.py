@@ -1,43 +1,14 @@
-"""Memory over a long run."""
+"""The peak of memory that is reported."""
 
 import json
-import os
-import resource
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from processes import start
-from tiny_runs import draw_no_curves, run_main
 
-import train_flextok
 from flextok.utils.memory import PeakMemory
-
-
-def train_long(folder: Path) -> None:
-    """120 steps with W&B offline, pictures and validation; prints the resident size at 60 and at the end."""
-    sizes = []
-    os.environ["WANDB_MODE"] = "offline"
-    original = train_flextok.FlexTokTrainer.train_step
-
-    def step(self, *arguments):
-        losses = original(self, *arguments)
-        if self.global_step in (60, 120):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            sizes.append(pages * resource.getpagesize() / 1e6)
-        return losses
-
-    train_flextok.FlexTokTrainer.train_step = step
-    torch.set_num_threads(1)
-    draw_no_curves()
-    run_main(
-        folder, run_dir=folder / "run", max_steps=120, num_epochs=50, batch_size=2, photos_train_crops=40,
-        photos_val_crops=4, repa_image_size=32, use_wandb=True, visualize_every=20, save_every_steps=0,
-    )  # fmt: skip
-    print(f"resident size at step 60: {sizes[0]:.0f} MB, at step 120: {sizes[1]:.0f} MB")
-    (folder / "growth").write_text(str(sizes[1] - sizes[0]))
-
 
 SIZE = 200_000_000
 
@@ -63,11 +34,3 @@ def test_peak_memory_is_what_the_process_took_without_the_files_that_it_maps(tmp
     start(measure_memory, tmp_path).join()
     with_file, with_memory = json.loads((tmp_path / "peaks.json").read_text())
     assert with_file < 0.2 * SIZE and 0.9 * SIZE < with_memory < 1.5 * SIZE
-
-
-def test_peak_memory_is_that_of_the_gpu_and_unknown_where_the_system_does_not_tell(monkeypatch, tmp_path):
-    for name, value in (("init", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 123)):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    assert PeakMemory(torch.device("cuda:0")).read() == 123
-    monkeypatch.setattr("flextok.utils.memory.STATM", tmp_path / "nothing")
-    assert PeakMemory(torch.device("cpu")).read() is None

@@ -17,8 +17,6 @@ from flextok.benchmark.processes import free_port
 from flextok.training.config import TrainConfig
 from flextok.utils.config import ConfigError
 
-EQUAL = [name for name in RUNS if name != "not reduced"]
-
 
 def together(*command, nodes: int = 1) -> list[Script]:
     """Two processes as torchrun starts them, on one node or on a node each."""
@@ -67,7 +65,7 @@ def loss_error(given: list, expected: list) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(given, expected))
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", RUNS)
 def test_two_processes_with_half_the_batch_are_one(runs, name):
     one, two = runs
     expected = counterpart(one, name)
@@ -78,13 +76,7 @@ def test_two_processes_with_half_the_batch_are_one(runs, name):
     assert len(two[name]["draws"]) > 2 * STEPS
 
 
-def test_without_the_reduction_of_gradients_they_are_not(runs):
-    one, two = runs
-    assert relative_error(two["not reduced"]["gradients"], one["all"]["gradients"]) > 1e-2
-    assert loss_error(two["not reduced"]["losses"], one["all"]["losses"]) > 1e-4
-
-
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", RUNS)
 def test_checkpoints_have_the_format_of_one_process(runs, name):
     one, two = runs
     given, expected = (

@@ -1,4 +1,4 @@
-"""Images that come without a download: scikit-learn's digits and rendered emoji; and folders for validation."""
+"""Images that come without a download: scikit-learn's digits and rendered emoji; folders too small for validation."""
 
 import itertools
 
@@ -29,17 +29,6 @@ def test_digits_are_those_of_scikit_learn_each_once():
     assert train.labels == load_digits().target[numbers[:1500]].tolist() and train.classes == list("0123456789")
 
 
-def test_digits_are_enlarged_and_in_the_form_of_other_images():
-    dataset = Digits("val", 16)
-    item = dataset[3]
-    assert item["image"].shape == (3, 16, 16) and item["image"].min() == -1 and item["image"].max() <= 1
-    assert (item["index"], item["position"], item["view"], item["broken"]) == (3, 3, 0, ())
-    small = Image.fromarray(Digits("val", 8).pixels[3]).resize((16, 16), Image.Resampling.BILINEAR)
-    assert np.array_equal(dataset.pixels[3], np.asarray(small))
-    first, other = (datasets(dataset_name="digits", img_size=16, seed=seed) for seed in (0, 1))
-    assert first[0].identity() == other[0].identity() != first[1].identity()  # the split is that of any seed
-
-
 @pytest.mark.parametrize("img_size", [7, 65])
 def test_sizes_that_digits_cannot_fill_are_refused(img_size):
     with pytest.raises(ConfigError, match=f"img_size is {img_size}.*8x8 pixels: expected 8 to 64, e.g. 16"):
@@ -50,15 +39,6 @@ def write_images(folder, n: int):
     folder.mkdir(parents=True)
     for i in range(n):
         Image.new("RGB", (20, 20), (i * 10, 0, 0)).save(folder / f"{i}.png")
-
-
-def test_val_path_is_the_validation_set_and_all_of_data_path_trains(tmp_path):
-    write_images(tmp_path / "train", 5)
-    write_images(tmp_path / "val", 2)
-    train, val = datasets(data_path=str(tmp_path / "train"), val_path=str(tmp_path / "val"), img_size=16)
-    assert len(train) == 5 and {path.parent.name for path in val.paths} == {"val"} and len(val) == 2
-    with pytest.raises(FileNotFoundError, match="val_path is .*nowhere, which does not exist"):
-        datasets(data_path=str(tmp_path / "train"), val_path=str(tmp_path / "nowhere"), img_size=16)
 
 
 def test_a_folder_too_small_for_validation_is_refused_with_advice(tmp_path):

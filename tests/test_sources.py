@@ -14,7 +14,7 @@ from processes import train
 from tiny_runs import make_trainer, read_metrics, same, settings, whole_and_parts
 
 from flextok.benchmark.processes import free_port
-from flextok.data.images import ImageFolderDataset, image_to_tensor, random_window
+from flextok.data.images import image_to_tensor, random_window
 from flextok.data.sources import build_datasets
 from flextok.training.config import TrainConfig
 from flextok.utils.config import ConfigError
@@ -117,16 +117,6 @@ def test_a_validation_split_is_found_or_named(tmp_path):
     assert len(train) == 7 and val is None and train.classes == [f"n{i}" for i in range(7)] and train.label(3) == 3
 
 
-def test_a_broken_row_is_skipped_and_named(tmp_path):
-    values = [{"bytes": encoded(0), "path": None}, {"bytes": b"broken", "path": None}, None]
-    features = datasets.Features({"image": datasets.Image()})
-    datasets.Dataset.from_dict({"image": values}, features=features).save_to_disk(tmp_path / "data")
-    train, _ = built(dataset_name="hf", data_path=str(tmp_path / "data"), val_fraction=0)
-    first, second = train[1]["broken"]
-    assert train[1]["index"] == 0 and "row 1 of" in first.path and "not a JPEG" in first.reason
-    assert second.reason == "the row has no image"
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -193,22 +183,6 @@ def test_an_index_is_built_once_and_anew_when_its_shard_changes(tmp_path, monkey
     assert len(train) == 12 and torch.equal(train[11]["image"], image_to_tensor(picture(11), 32))
 
 
-@pytest.mark.parametrize(
-    "label, classes",
-    [
-        (lambda i: {"json": {"label": ["b", "a"][i % 2]}}, {0: "a", 1: "b"}),
-        (lambda i: {"cls": 2 * (i % 2)}, {0: "0", 2: "2"}),
-        (lambda i: {"cls": f"{5 * (i % 2):03}"}, {0: "000", 1: "005"}),
-        (lambda i: {"txt": "a caption"}, None),
-    ],
-    ids=["names in json", "numbers", "numbers as names", "none"],
-)
-def test_labels_are_numbers_or_names_in_cls_or_json(tmp_path, label, classes):
-    train, val = built(**write_shards(tmp_path / "data", label=label))
-    assert train.classes == val.classes and names_of(train) == (classes or {})
-    assert {train.label(i) for i in range(len(train))} == set(classes or [None])
-
-
 def names_of(dataset):
     """The names of the classes by number."""
     classes = dataset.classes or {}
@@ -251,26 +225,6 @@ def test_files_of_a_shard_that_are_not_taken_are_counted_by_reason_in_each_run(t
     built(**write_shards(tmp_path / "captions", label=lambda i: {"txt": "a caption"}), val_fraction=0)
     (line,) = [record for record in caplog.records if "not taken" in record.message]
     assert "24 other files (such as train-000000.tar/00000.txt)" in line.message and line.levelname == "INFO"
-
-
-def test_joined_archives_and_hard_links_are_read_and_symbolic_links_counted(tmp_path, caplog):
-    links = ("b.png", (tarfile.LNKTYPE, "./a.png")), ("c.png", (tarfile.SYMTYPE, "a.png"))
-    first = write_tar(tmp_path / "1.tar", ("./a.png", encoded(0)), *links, ("d.png", (tarfile.LNKTYPE, "gone.png")))
-    write_tar(tmp_path / "2.tar", ("./a.png", encoded(1)), ("e.png", encoded(2)))
-    second = (tmp_path / "2.tar").read_bytes()
-    with open(tmp_path / "1.tar", "ab") as file:
-        file.write(second)
-    train, _ = built(**first)
-    assert images_of(train) == [0, 0, 1, 2] and len({train.name(i) for i in range(4)}) == 4
-    for reason in (
-        "1 symbolic links (such as 1.tar/c.png)",
-        "1 hard links to files that are not there",
-    ):
-        assert reason in caplog.text
-    with open(tmp_path / "1.tar", "ab") as file:
-        file.write(second[:1000])
-    with pytest.raises(UserError, match="1.tar cannot be read as a shard"):
-        built(**first)
 
 
 def test_a_folder_of_shards_is_read_whatever_the_case_and_names_what_it_leaves_out(tmp_path, caplog):
@@ -458,19 +412,6 @@ def test_random_windows_have_the_area_and_shape_that_is_asked_for():
         assert 0.24 < (right - left) * (bottom - top) / (width * height) < 0.51
         assert 0.48 < (right - left) / (bottom - top) < 2.1
     assert random_window((1000, 10), (0.9, 1.0), (0.75, 1.33), lambda name: 0.5) == (494, 0, 507, 10)
-
-
-CROPS = ["center", "adm", "random", "random_resized"]
-
-
-@pytest.mark.parametrize("crop", CROPS)
-def test_crops_follow_from_seed_step_and_position_alone(tmp_path, crop):
-    picture(0, size=(90, 50)).save(tmp_path / "0.png")
-    dataset = ImageFolderDataset([tmp_path / "0.png"], 32, crop=crop, seed=1)
-    images = [dataset[0, step, 3]["image"] for step in range(6)]
-    assert (len({image.numpy().tobytes() for image in images}) > 3) == crop.startswith("random")
-    assert torch.equal(dataset[0, 2, 3]["image"], images[2]) and images[0].shape == (3, 32, 32)
-    assert len({ImageFolderDataset([tmp_path / "0.png"], 32, crop=c).identity() for c in CROPS}) == 4
 
 
 def test_cached_crops_are_those_that_are_served(tmp_path):

@@ -108,16 +108,6 @@ def test_an_image_without_a_label_has_minus_one_and_is_counted(model_folder, ima
         next((tmp_path / "tokens").glob("tokens-00001.*")).unlink()
 
 
-def test_codes_above_two_to_the_31_are_exported_as_they_are(images, tmp_path):
-    model = tiny_model(fsq_levels=[64, 64, 64, 64, 64, 32])
-    model.save_pretrained(tmp_path / "model")
-    expected = torch.cat(model.tokenize(pictures(images)))
-    assert expected.max() >= 1 << 31
-    for form in ("safetensors", "parquet"):
-        shards = export(tmp_path / "model", tmp_path / form, "--format", form, data=images)
-        assert torch.equal(all_tokens(shards)[:, 0], expected)
-
-
 def test_what_a_vae_samples_does_not_depend_on_batches(tmp_path, images):
     save_tiny_vae(tmp_path / "vae")
     model = tiny_model(vae="stable_diffusion", vae_hub_path=str(tmp_path / "vae"), latent_channels=4)
@@ -180,19 +170,6 @@ def test_only_shards_that_are_missing_are_computed(model_folder, images, tmp_pat
         (tmp_path / name).symlink_to(folder)
     assert torch.equal(all_tokens(export(tmp_path / "model", tmp_path / "tokens", data=tmp_path / "images")), before)
     assert kept.stat().st_mtime_ns == changed and "1 of 3 shards to write" in capsys.readouterr().out
-
-
-def test_broken_images_are_named_and_left_out(model, model_folder, images, tmp_path, caplog):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for path in images.iterdir():
-        (folder / path.name).write_bytes(b"broken" if path.stem in "0345" else path.read_bytes())
-    shards = export(model_folder, tmp_path / "tokens", data=folder)
-    assert shards.index.tolist() == [1, 2, 6]
-    expected = torch.cat(model.tokenize(pictures(images)))
-    assert torch.equal(all_tokens(shards)[:, 0], expected[[1, 2, 6]])
-    named = re.findall(r"cannot read the image \S*/(\d)\.png: .*; it is left out", caplog.text)
-    assert named == ["0", "3", "4", "5"]
 
 
 def test_two_processes_write_the_shards_of_one(model_folder, images, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pydantic
 import pytest
-import torch
 import yaml
 
 from flextok.training.config import (
@@ -14,7 +13,6 @@ from flextok.training.config import (
     json_schema,
     load_config,
 )
-from flextok.training.runs import find_run, new_run_dir, write_config
 from flextok.utils.config import ConfigError
 from flextok.utils.plain import parse_yaml
 
@@ -37,21 +35,15 @@ WRONG = [
     ({"use_rpea": True}, "unknown setting: 'use_rpea' (did you mean 'use_repa'?)"),
     ({"learning_rate": "1e-4"}, "learning_rate is '1e-4', expected a number: remove the quotes"),
     ({"learning_rate": 0}, "learning_rate is 0, expected more than 0"),
-    ({"learning_rate": float("nan")}, "learning_rate is nan, expected a finite number"),
     ({"batch_size": 1.5}, "batch_size is 1.5, expected a whole number"),
-    ({"val_batch_size": "4"}, "val_batch_size is '4', expected a whole number or null: remove the quotes"),
     ({"use_repa": "yes"}, "use_repa is 'yes', expected true or false"),
-    ({"use_amp": "yes"}, "use_amp is 'yes', expected true or false or auto"),
-    ({"wandb_run_name": 2024}, "wandb_run_name is 2024, expected text or null: put it in quotes"),
     ({"betas": [0.9]}, "betas is [0.9], expected at least 2 values"),
-    ({"fsq_levels": [8, 1]}, "fsq_levels is [8, 1], expected at least 2 or null"),
     (
         {"scheduler": "cosin"},
         "scheduler is 'cosin', expected one of cosine, linear, wsd, none (did you mean 'cosine'?)",
     ),
     ({"dataset_name": "celebhq"}, "dataset_name is 'celebhq' (did you mean 'celebahq'?); use `folder` for others"),
     ({"flow": {"shfit": 2}}, "unknown setting: 'flow.shfit' (did you mean 'shift'?)"),
-    ({"flow": {"shift": 0}}, "flow.shift is 0, expected more than 0 or null"),
     ({"repa_layers": [1, 1]}, "repa_layers is [1, 1], expected different layers, at least one, or null"),
 ]
 
@@ -101,15 +93,6 @@ def test_what_is_merely_unwise_is_a_warning(file, caplog, monkeypatch):
     monkeypatch.delenv("RANK")
     load_config(file)
     assert not caplog.messages
-
-
-@pytest.mark.parametrize("disabled", [True, False])
-def test_the_older_name_of_gradient_checkpointing_has_the_opposite_sense(disabled):
-    assert config(disable_gradient_checkpointing=disabled).gradient_checkpointing is not disabled
-
-
-def test_celebahq_may_be_spelled_in_any_way():
-    assert config(dataset_name="CelebA-HQ", data_path=".").dataset_name == "celebahq"
 
 
 def test_the_home_folder_may_be_written_as_a_tilde():
@@ -165,13 +148,9 @@ def test_overrides_replace_settings_of_the_file_and_reach_into_the_model(file):
     "override, value",
     [
         ("data_path=a #1", "a #1"),
-        ("data_path=[1]", "[1]"),
-        ("data_path=x=y", "x=y"),
         ("data_path='a b'", "a b"),  # quotes around it all are not part of it
         ("wandb_run_name=true", "true"),
         ("wandb_run_name=null", None),
-        ("scheduler=none", "none"),
-        ("use_amp=false", False),
         ("wandb_tags=[a, b]", ["a", "b"]),
     ],
 )
@@ -186,15 +165,6 @@ def test_an_override_without_key_or_value_is_refused(file, override):
 
 
 # Stored configs
-
-
-def test_a_config_survives_the_way_through_files(tmp_path):
-    settings = config(use_repa=True, model={"encoder_depth": 3}, wandb_tags=["a"])
-    assert TrainConfig.from_dict(settings.to_dict()) == settings
-    write_config(tmp_path, settings)
-    assert load_config(tmp_path / "config.yaml") == settings
-    torch.save(settings.to_dict(), tmp_path / "checkpoint.pt")
-    assert TrainConfig.from_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)) == settings
 
 
 USERS_OWN = """
@@ -235,17 +205,6 @@ def test_a_config_that_people_have_is_valid_as_it_is(tmp_path):
 
 
 # The run's folder
-
-
-def test_a_run_lies_in_checkpoint_dir_whatever_its_name_and_is_found_again(tmp_path):
-    for name, folder in (("a/b", "a_b"), ("../x/", ".._x"), ("/", "flextok")):
-        settings = config(wandb_run_name=name, checkpoint_dir=str(tmp_path))
-        run_dir = new_run_dir(settings)
-        assert run_dir.parent == tmp_path and run_dir.name.startswith(f"{folder}-2")
-        latest = run_dir / "checkpoints" / "latest.pt"
-        latest.parent.mkdir()
-        latest.touch()
-        assert find_run(settings, "latest", None) == (run_dir, latest)
 
 
 # The schema for editors
