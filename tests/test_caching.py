@@ -81,6 +81,12 @@ def test_training_from_the_cache_gives_the_losses_of_training_without(tmp_path, 
         assert filling[min(filling)] == pytest.approx(online[min(online)], abs=1e-5), name
 
 
+def test_an_encoder_that_a_cache_stands_in_for_is_not_loaded(whole):
+    cached = make_trainer(cache_dir=str(whole / "cache"), **CACHED)
+    with pytest.raises(RuntimeError, match="efficientnet_lite0 is not loaded: its features come from the cache"):
+        sum(p.numel() for p in cached.repa_module.encoder.parameters())
+
+
 def test_resuming_a_run_with_caches_is_exact(whole, full):
     expected, parts = read_latest(whole / "whole"), read_latest(full)
     for key in ("model_state_dict", "optimizer_state_dict", "repa_module_state_dict", "constant_losses"):

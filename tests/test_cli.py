@@ -1,7 +1,9 @@
 """The command line as users call it, in processes of its own."""
 
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -179,3 +181,20 @@ def test_wandb_gets_the_documented_names_and_one_run_id_across_a_resume(tmp_path
     assert {"train/loss", "train/flow_loss", "train/repa_loss", "train/repa_weight", "train/lr", "train/grad_norm",
             "train/images_per_second", "train/data_wait", "train/epoch", "val/loss", "val/flow_loss",
             "val/repa_loss"} <= names  # fmt: skip
+
+
+@pytest.mark.parametrize("login", ["localhost:9", "api.wandb.ai"])
+def test_wandb_is_asked_for_its_server_and_login(tmp_path, login):
+    """`wandb login --host` leaves the server in W&B's settings file, and the key in netrc under its name and port."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        (tmp_path / ".config" / "wandb").mkdir(parents=True)
+        (tmp_path / ".config" / "wandb" / "settings").write_text(f"[default]\nbase_url = http://localhost:{port}\n")
+        machine = f"machine {login.replace(':9', f':{port}')} login user password {'a' * 40}\n"
+        (tmp_path / "netrc").write_text(machine)
+        os.chmod(tmp_path / "netrc", 0o600)
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+        environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+        code = "import wandb; from flextok.training.monitor import wandb_mode; print(wandb_mode(wandb))"
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.split()[-1] == ("online" if login == "localhost:9" else "offline"), result.stderr

@@ -174,23 +174,6 @@ def test_images_of_any_mode_are_read_as_rgb_over_white(tmp_path, name):
     assert np.abs(read(save(tmp_path / name, image)) - np.asarray(expected, dtype=float)).max() < 1
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("orientation, quarters", [(3, 2), (6, 1), (8, -1)])
-def test_exif_orientation_is_applied(tmp_path, orientation, quarters):
-    upright = noise(6, 9)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = np.ascontiguousarray(np.rot90(upright, quarters))
-    assert (read(save(tmp_path / "a.png", stored, exif=exif)) == upright).all()
-    upright = upright[:2, :3].repeat(400, axis=0).repeat(400, axis=1)
-    stored = np.ascontiguousarray(np.rot90(upright, quarters))
-    drafted = read(save(tmp_path / "a.jpg", stored, exif=exif, quality=95, subsampling=0), min_size=90)
-    assert drafted.shape == (200, 300, 3)
-    assert np.abs(drafted[50::100, 50::100].astype(int) - upright[200::400, 200::400]).max() < 12
-
-
-=======
->>>>>>> w-cut2
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tif", "gif", "jfif", *AVIF])
 def test_truncated_files_are_broken(tmp_path, extension):
     path = save(tmp_path / f"a.{extension}", noise(50, 50))

@@ -317,10 +317,3 @@ def test_an_evaluation_that_cannot_be_is_found_before_any_arm_trains(tmp_path, m
     with pytest.raises(error, match=message):
         ablation.main([*arguments, *options])
     assert [path.name for path in tmp_path.iterdir()] == ["ablate.yaml"]
-
-
-def test_an_arm_with_a_bad_setting_is_refused_before_any_arm_trains(tmp_path):
-    with pytest.raises(ConfigError, match="arm 'repa_stopp=5': unknown setting: 'repa_stopp'"):
-        ablation.main(["--config", "configs/quickstart.yaml", "--arms", "baseline,repa_stopp=5", "--output",
-                       str(tmp_path)])  # fmt: skip
-    assert not list(tmp_path.iterdir())

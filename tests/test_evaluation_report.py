@@ -185,3 +185,43 @@ def test_ablation_page_holds_the_numbers(tmp_path):
     assert page.text.count("seed 0") >= 4 and all(source.startswith("data:") for source in page.sources)
     expected = {"train_flow_loss", "val_flow_loss", "psnr", "rfid", "cknna", "used", "entropy_bits"}
     assert page.plots == expected and page.tags.count("svg") == 7
+
+
+def test_a_metric_without_an_explanation_is_shown_by_its_name(tmp_path):
+    given, other = run(), run(0, 1.0)
+    for one in (given, other):
+        for row in one["results"]["reconstruction"].values():
+            row["dists"] = dict(row["psnr"])
+        for scores in one["results"]["probes"]["features"].values():
+            scores["attentive"] = 0.912
+    compared = ablation([given], [other])
+    for text in (
+        report.console_table(given["results"]),
+        page_of(report.write_report, given["results"], tmp_path).text,
+        ablation_report.console_table(compared),
+        page_of(ablation_report.write_ablation_report, compared, tmp_path).text,
+    ):
+        assert "dists" in text and "22.8700" in text and "attentive" in text and re.search(r"91\.2 %|0\.912", text)
+    seeds = ablation([run(0), run(1)], [run(0, 1.0), run(1, 1.0)])
+    for one in (one for arm in seeds["arms"] for one in arm["runs"]):
+        one["results"]["reconstruction"]["16"] = {
+            "psnr": measure(20.0),
+            "dists": one["results"]["reconstruction"]["16"]["psnr"],
+        }
+    assert "better is not known" in verdict(seeds, "dists, 16 tokens: ")
+
+
+def test_names_of_arms_are_in_the_legends_as_they_were_given(tmp_path):
+    given = ablation([run()], [run(0, 1.0)])
+    names = ["_plain", "lr_$1e-3$_and_$2$"]
+    for arm, name in zip(given["arms"], names):
+        arm["name"] = name
+    page = page_of(ablation_report.write_ablation_report, given, tmp_path)
+    plots = re.findall(r"<svg.*?</svg>", page.html, flags=re.S)
+    assert len(plots) == len(page.plots) and all(f">{name}</text>" in plot for plot in plots for name in names)
+
+
+def test_memory_that_is_not_known_is_a_dash(tmp_path):
+    given = ablation([run(peak_memory_bytes=None)], [run(), run(1, peak_memory_bytes=None)])
+    baseline, repa = ablation_report.cost_table(given["arms"])[1:]
+    assert baseline[-2:] == ["–", "–"] and repa[-2:] == ["2.00 GB", "–"]

@@ -34,3 +34,11 @@ def test_peak_memory_is_what_the_process_took_without_the_files_that_it_maps(tmp
     start(measure_memory, tmp_path).join()
     with_file, with_memory = json.loads((tmp_path / "peaks.json").read_text())
     assert with_file < 0.2 * SIZE and 0.9 * SIZE < with_memory < 1.5 * SIZE
+
+
+def test_peak_memory_is_that_of_the_gpu_and_unknown_where_the_system_does_not_tell(monkeypatch, tmp_path):
+    for name, value in (("init", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 123)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert PeakMemory(torch.device("cuda:0")).read() == 123
+    monkeypatch.setattr("flextok.utils.memory.STATM", tmp_path / "nothing")
+    assert PeakMemory(torch.device("cpu")).read() is None

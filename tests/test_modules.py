@@ -9,9 +9,7 @@ from helpers import make_draws, make_images, make_noise, randomise, tiny_model
 
 from flextok.flow_matching.noise_modules import MinRFNoiseModule
 from flextok.model.preprocessors.flex_seq_packing import BlockWiseSequencePacker
-from flextok.model.preprocessors.linear import LinearLayer
 from flextok.model.preprocessors.nullcond import LearnedNullCond, ZeroNullCond
-from flextok.model.preprocessors.registers import Registers1D
 from flextok.model.preprocessors.token_dropout import MaskedNestedDropout
 from flextok.model.trunks.transformers import FlexTransformer
 from flextok.model.utils.posembs import PositionalEmbedding
@@ -334,20 +332,3 @@ def test_noised_latents_mix_clean_latents_and_noise_that_is_drawn_or_given():
 
 
 # Initialisation
-
-
-def test_linear_layers_start_by_style_and_learned_tokens_start_small():
-    xavier, truncated, zero = (
-        LinearLayer("x", "y", 300, 200, weight_init_style=style).proj for style in ("xavier", "trunc_normal", "zero")
-    )
-    bound = math.sqrt(6 / 500)
-    assert bound * 0.99 < xavier.weight.abs().max() <= bound
-    assert not (zero.weight.any() or zero.bias.any() or xavier.bias.any() or truncated.bias.any())
-    for parameter in (
-        truncated.weight,
-        Registers1D("x", "sizes", "registers", 64, n_min=64, n_max=64).registers,
-        PositionalEmbedding(64, [64], "learnable_sum").posembs,
-        MaskedNestedDropout("x", 4096).dropout_mask_token,
-        LearnedNullCond("x", 4096).nullcond,
-    ):
-        assert parameter.std().item() == pytest.approx(0.02, rel=0.06)

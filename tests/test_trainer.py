@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from flextok.training import export
 from flextok.training.config import TrainConfig, load_config
 from flextok.training.guard import Stopped
 from flextok.training.models import load_model
-from flextok.training.runs import new_run_dir
 from flextok.utils.checkpoint import CheckpointError
 from flextok.utils.config import ConfigError
 from flextok.utils.errors import UserError
@@ -247,13 +245,6 @@ def test_a_run_folder_in_use_is_not_overwritten_and_holds_the_config_in_force(tm
     assert config.learning_rate == 3e-4 and config.use_repa is False and config.model == settings()["model"]
 
 
-def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path):
-    config = TrainConfig.from_dict(settings(checkpoint_dir=str(tmp_path)))
-    with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: new_run_dir(config), range(24)))
-    assert len(set(folders)) == 24 and all(folder.is_dir() for folder in folders)
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -428,10 +419,3 @@ def test_a_run_leaves_pictures_and_metrics_of_the_documented_names(finished):
                                      "images_per_second", "data_wait", "memory_gb", "skipped_steps", "epoch", "step")
     }  # fmt: skip
     assert {"val/loss", "val/flow_loss", "val/repa_loss"} <= {key for r in records for key in r}
-
-
-def test_compile_without_a_compiler_is_one_line(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ConfigError, match="compile is true, but there is no C\\+\\+ compiler"):
-        make_trainer(compile=True)
