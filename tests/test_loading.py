@@ -274,10 +274,3 @@ def test_a_vae_inside_the_checkpoint_is_used_and_its_hub_name_not_fetched(
         save_safetensors(model.state_dict(), tmp_path / "model.safetensors", config)
         loaded = load_model_from_safetensors(tmp_path / "model.safetensors")
         assert same_weights(loaded, model) and loaded.config == config and offline == []
-
-
-def test_a_stray_logvar_of_the_published_vae_is_ignored(model):
-    tensors = {**model.state_dict(), "vae.logvar": torch.zeros(())}
-    target = tiny_model(seed=1)
-    load_weights(target, tensors)
-    assert same_weights(target, model)

@@ -279,6 +279,8 @@ def test_some_images_stay_unquantised_or_have_codes_replaced_in_training_alone()
     assert_frequency(replaced.any(1), 0.5)
     assert replaced[replaced.any(1)].double().mean().item() == pytest.approx(0.4, abs=0.02)  # of 0.2 to 0.6
     assert_uniform(out["tokens"][replaced] / 64_000)
+    few = FSQ("z", "quants", "tokens", [2, 2], corrupt_tokens_p=1.0, apply_corrupt_tokens_p=1.0)
+    assert few({"z": z[..., :2], RANDOM_KEY: draws})["tokens"].unique().tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(out["quants"], fsq.indices_to_embedding(out["tokens"]))
     assert torch.equal(fsq.eval()({"z": z})["tokens"], plain["tokens"])
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import LATENT_SHAPE, N_REGISTERS, make_draws, make_images, make_noise, tiny_model
+from tiny_runs import make_trainer
 
 from flextok.regularizers.quantize_fsq import FSQ
 from flextok.utils.random import RANDOM_KEY
@@ -52,3 +53,11 @@ def test_sigmas_and_noised_latents_are_fp32_under_autocast(model):
         data_dict = model.eval()({"rgb": make_images(2), RANDOM_KEY: make_draws(2)})
     for key in ("vae_latents", "sigmas", "timesteps", "flow_noise", "vae_latents_noised", "enc_registers_quant"):
         assert data_dict[key].dtype == torch.float32, key
+
+
+def test_token_metrics_and_pictures_are_in_the_precision_of_the_training():
+    trainer, seen = make_trainer(use_amp=True, use_repa=False), []
+    trainer.model.decoder.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    trainer.evaluator.tokens()
+    trainer.evaluator.reconstructions()
+    assert len(seen) > 10 and all(seen)

@@ -47,9 +47,6 @@ def test_a_folder_too_small_for_validation_is_refused_with_advice(tmp_path):
     assert len(train) == 1 and val is None
 
 
-# ---------------------------------------------------------------------------------------------------------------- emoji
-
-
 def test_variants_of_an_emoji_have_one_base_which_is_on_one_side_of_the_split():
     base = openmoji.base_emoji
     assert base("1F44B-1F3FB") == base("1F44B") == "1F44B" and base("1F600") != base("1F601")

@@ -95,10 +95,6 @@ def test_what_is_merely_unwise_is_a_warning(file, caplog, monkeypatch):
     assert not caplog.messages
 
 
-def test_the_home_folder_may_be_written_as_a_tilde():
-    assert config(data_path="~/x", cache_dir="~").to_dict()["data_path"] == str(Path.home() / "x")
-
-
 def test_learning_rates_follow_what_is_trained():
     settings = config(learning_rate=3e-4, decoder_lr=2e-4, train_vae=True, vae_lr=1e-5, use_repa=True, repa_lr=5e-4)
     assert settings.learning_rates() == {"encoder": 3e-4, "decoder": 2e-4, "vae": 1e-5, "repa_projector": 5e-4}

@@ -105,6 +105,10 @@ def test_kl_is_that_of_a_diagonal_normal_in_nats_per_image(make_vae, diffusers_v
         kl = make_vae(frozen=False).encode({"rgb": given})["vae_kl_loss"]
         assert kl.dtype == torch.float32 and kl.ndim == 0
         assert kl.item() == pytest.approx(expected.item(), rel=1e-4)
+    larger, vae = make_images(1, 64, 64), make_vae(frozen=False)
+    alone = [vae.encode({"rgb": image})["vae_kl_loss"] for image in (*images.split(1), larger)]
+    mixed = vae.encode({"rgb": [*images.split(1), larger]})["vae_kl_loss"]
+    assert mixed.item() == pytest.approx(torch.stack(alone).mean().item(), rel=1e-5)  # over images, not sizes
 
 
 @pytest.mark.parametrize("override, autocast", [("fp32", True), (None, True), ("bf16", False)])
