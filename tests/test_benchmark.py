@@ -1,6 +1,5 @@
 """The benchmarks on tiny models, and their arithmetic; no test depends on how long anything takes."""
 
-import argparse
 import json
 
 import pytest
@@ -69,7 +68,7 @@ def test_every_arm_of_the_step_benchmark_runs_and_does_what_its_name_says(tmp_pa
         assert all(same) == ("alone" in name), name
 
 
-def test_scale_counts_what_a_real_step_takes(tiny, monkeypatch, capsys):
+def test_scale_counts_what_a_real_step_takes(tiny, monkeypatch):
     """On tensors without data: the operations that torch counts, activations that grow with the batch alone."""
     monkeypatch.setattr(scale, "PRESETS", {"d12-d12": scale.PRESETS["d12-d12"]})
     counts = scale.count("d12-d12", 64, checkpointing=False)
@@ -79,11 +78,6 @@ def test_scale_counts_what_a_real_step_takes(tiny, monkeypatch, capsys):
     assert counts["sequence"] == 4 * 4 + 8  # patches and registers
     assert scale.memory(counts, 4) - scale.memory(counts, 2) == 2 * counts["kept"]
     assert scale.memory(counts, 4, parts=64) < scale.memory(counts, 4)
-    arguments = argparse.Namespace(gpus=[8], tflops=300, link=50, global_batch_size=64, image_kb=110,
-                                   gradient_checkpointing=True, image_size=64)  # fmt: skip
-    result = scale.run(arguments, CPU, torch.float32)
-    assert 0 < result["counts"]["d12-d12"]["kept"] < counts["kept"]
-    assert "7.18 TB" in capsys.readouterr().out
 
 
 def test_both_ways_of_loading_give_nearly_the_same_images(tmp_path):

@@ -5,6 +5,9 @@ import math
 import os
 import resource
 import signal
+import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ from tiny_runs import (
 )
 
 import train_flextok
-from flextok.training import checkpoints
+from flextok.training import checkpoints, monitor
 from flextok.training.guard import Stopped
 from flextok.utils.checkpoint import CheckpointError
 from flextok.utils.errors import UserError
@@ -416,3 +419,34 @@ def test_metrics_wait_for_room_on_the_disk(tmp_path):
     assert process.exitcode == 0
     steps = [record["step"] for record in read_metrics(tmp_path) if "train/loss" in record]
     assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("failing", ["init", "finish", "init hangs", "log exits"])
+def test_nothing_that_wandb_does_ends_or_holds_up_a_run(tmp_path, monkeypatch, failing, caplog):
+    class Run:
+        id, dir = "id", str(tmp_path)
+
+        def define_metric(self, *arguments, **settings): ...
+
+        def log(self, metrics):
+            if failing == "log exits":
+                sys.exit(1)
+
+        def finish(self):
+            if failing == "finish":
+                raise RuntimeError("disk full")
+
+    def init(**settings):
+        if failing == "init hangs":
+            time.sleep(60)
+        if failing == "init":
+            raise RuntimeError("no such entity")
+        return Run()
+
+    setup = types.SimpleNamespace(settings=types.SimpleNamespace(mode="offline"))
+    fake = types.SimpleNamespace(init=init, Settings=lambda **settings: settings, Image=str, setup=lambda **_: setup)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(monitor, "WANDB_SECONDS", 0.5)
+    trainer = make_trainer(tmp_path / "run", use_repa=False, use_wandb=True)
+    trainer.train(max_steps=1)
+    assert trainer.global_step == 1 and "W&B" in caplog.text

@@ -128,14 +128,14 @@ def test_a_run_with_everything_is_that_of_the_reference(tmp_path, monkeypatch, c
 def test_a_run_of_other_loaders_is_that_of_the_reference(tmp_path):
     """Batches of images and no more: accumulated, uneven, continued in mid-epoch; Adam, cosine, no averages."""
     config = settings(
-        use_repa=False, dataset_name="folder", gradient_accumulation_steps=2, num_epochs=3, optimizer="adam",
-        weight_decay=0.1, eps=1e-3, readout_weight=1.0, num_psnr_images=5, vis_token_counts=[2, 8], guidance_scale=2.0,
-        psnr_guidance_scale=2.0, val_token_images=4,
+        use_repa=False, dataset_name="folder", batch_size=2, gradient_accumulation_steps=3, num_epochs=3,
+        optimizer="adam", weight_decay=0.1, eps=1e-3, readout_weight=1.0, num_psnr_images=5, vis_token_counts=[2, 8],
+        guidance_scale=2.0, psnr_guidance_scale=2.0, val_token_images=4,
     )  # fmt: skip
     model = randomise(FlexTokFromHub(tiny_config(stratified_sigmas=True, fsq_levels=[8, 5, 5])))
     train, val = TensorDataset(make_images(10), torch.arange(10)), TensorDataset(make_images(7, seed=2))
     for stop in (3, None):
-        loaders = DataLoader(train, batch_size=4), DataLoader(val, batch_size=3)
+        loaders = DataLoader(train, batch_size=2), DataLoader(val, batch_size=3)
         trainer = train_flextok.FlexTokTrainer(config, copy.deepcopy(model), *loaders, "cpu", tmp_path)
         if stop is None:
             trainer.load_checkpoint(tmp_path / "checkpoints" / "latest.pt")
