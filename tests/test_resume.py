@@ -1,6 +1,7 @@
 """What a run that goes on can change: REPA on and off, branches from older checkpoints, checkpoints that lack parts."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -129,6 +130,22 @@ def test_an_older_checkpoint_is_not_continued_over_what_came_after_it(tmp_path):
     assert new[8] != old[8]
     kept = {path.stem: torch.load(path, weights_only=True)["global_step"] for path in branch.glob("checkpoints/*")}
     assert kept.keys() == {"latest", "previous", "best", "epoch_0004"} and kept["epoch_0004"] == kept["latest"] == 8
+
+
+def test_a_resume_keeps_the_best_value_and_the_wandb_run_where_they_go_on(tmp_path):
+    """Not where validation measures something else, nor in a branch."""
+    changes = dict(use_repa=False, best_metric="val/psnr_k8")
+    first = make_trainer(tmp_path / "run", **changes)
+    first.best_val_loss, first.wandb_id = -12.0, "abc123"
+    path = first.save_checkpoint()
+    for run, other, best, wandb_id in (
+        ("run", {}, -12.0, "abc123"),
+        ("run", {"psnr_guidance_scale": 2.0}, math.inf, "abc123"),
+        ("branch", {}, math.inf, None),
+    ):
+        trainer = make_trainer(tmp_path / run, **changes, **other)
+        trainer.load_checkpoint(path)
+        assert (trainer.best_val_loss, trainer.wandb_id) == (best, wandb_id)
 
 
 def test_pruning_counts_epochs_as_numbers_and_leaves_other_files(tmp_path):

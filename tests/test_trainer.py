@@ -230,6 +230,8 @@ def test_resume_latest_finds_the_newest_run_of_this_config_or_starts_afresh(tmp_
     runs = run(1, use_repa=False, wandb_run_name="tiny-2-20260101-120000")  # another experiment: it begins alike
     (other,) = runs.keys() - {first, with_repa}
     assert run(2, use_repa=False) == {first: 2, with_repa: 1, other: 1}
+    run_main(tmp_path, max_steps=1, use_repa=False)  # a newer one
+    assert sorted(run(3, use_repa=False).values()) == [1, 1, 2, 3]
 
 
 def test_a_run_folder_in_use_is_not_overwritten_and_holds_the_config_in_force(tmp_path):
@@ -331,6 +333,8 @@ def test_a_trained_vae_learns_from_its_own_loss_alone(tmp_path):
     losses = trainer.compute_loss(first_batch(trainer))
     losses["flow_loss"].backward(retain_graph=True)
     assert all(p.grad is None for p in trainer.model.vae.parameters())
+    trainer.config.vae_kl_weight = 1.0
+    assert trainer.compute_loss(first_batch(trainer))["vae_loss"] > losses["vae_loss"] + 0.1
     losses["vae_loss"].backward()
     assert all(p.grad is not None for p in trainer.model.vae.parameters())
     assert losses["loss"].item() == pytest.approx((losses["flow_loss"] + losses["vae_loss"]).item())
