@@ -27,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # before the heavy imports: --help and typing errors answer at once
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -175,7 +176,7 @@ class FlexTokTrainer:
         # Where the run stands, as in checkpoints
         self.global_step = 0  # optimizer steps done
         self.best_val_loss = math.inf  # of best_metric; its negative where more is better
-        self.constant_losses: dict[str, float] | None = None  # REPA's losses if every position predicts one vector
+        self.constant_losses: dict[str, float] | None = None  # REPA's losses of predictions without the image
         self.start_tokens: torch.Tensor | None = None  # of the model that a fine-tuning started from
         self.wandb_id: str | None = None
 
@@ -508,7 +509,9 @@ class FlexTokTrainer:
             self.start_tokens = self.evaluator.tokens("tokens before the first step")[1]
         if self.repa_active and self.constant_losses is None and self.config.repa_constant_images:
             self.constant_losses = self.evaluator.constant_losses(self.repa_module)
-            self.log(self.constant_losses)
+        if self.repa_active and self.constant_losses is not None:  # metrics.jsonl drops repetitions
+            self.latest.update(self.constant_losses)
+            self.monitor.log(self.constant_losses, 0)
         self.monitor.restart_clock()
 
     def finish(self) -> None:
@@ -632,11 +635,10 @@ class FlexTokTrainer:
         source = Path(restore_trainer(self, Path(path)))
         if source.resolve() == (self.checkpointer.folder / "latest.pt").resolve():
             self.checkpointer.saved_step = self.global_step
-        run = run_of(source)
-        if run is not None and run.resolve() != self.run_dir.resolve():
-            log.info("resume: a branch of %s from step %d on, with its metrics until there and a best.pt and W&B run "
-                     "of its own", run, self.global_step)  # fmt: skip
-            self.branched_from, self.wandb_id, self.best_val_loss = run, None, math.inf
+        if source.resolve().parent != self.checkpointer.folder.resolve():
+            self.branched_from, self.wandb_id, self.best_val_loss = run_of(source), None, math.inf
+            log.info("resume: a branch from step %d of %s on, with a best.pt and W&B run of its own, and with the "
+                     "metrics until there", self.global_step, self.branched_from or source)  # fmt: skip
         self.resumed = True
         self.end_repa_if_due()
         self.load_encoder_if_needed()
@@ -681,13 +683,16 @@ def run(arguments: argparse.Namespace, config: TrainConfig, device: torch.device
     train_dataset, val_dataset = build_datasets(config)
     skeleton = model_without_weights(config)
     config = settled(config, skeleton, device, resumed)  # before the summary; the trainer finds nothing left open
-    if run_dir is None and not arguments.check:
+    is_new = run_dir is None and not arguments.check
+    if is_new:
         run_dir = from_first(lambda: new_run_dir(config))
-    if rank() == 0:
-        print(summary(config, skeleton, train_dataset, val_dataset, device, run_dir, checkpoint), flush=True)
-    if not arguments.check:
-        with removed_if_empty(run_dir):
-            build_and_train(arguments, config, device, run_dir, checkpoint, train_dataset, val_dataset)
+    with removed_if_empty(run_dir) if is_new else contextlib.nullcontext():
+        datasets = train_dataset, val_dataset
+        text = from_first(lambda: summary(config, skeleton, *datasets, device, run_dir, checkpoint))
+        if rank() == 0:
+            print(text, flush=True)
+        if not arguments.check:
+            build_and_train(arguments, config, device, run_dir, checkpoint, *datasets)
 
 
 def build_and_train(

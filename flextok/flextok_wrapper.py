@@ -327,7 +327,7 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None, **arguments
     ):
-        """Write config.json and model.safetensors, and flow.json (see FLOW_ARGUMENTS) if the config has such arguments.
+        """Write config.json, model.safetensors and flow.json (see FLOW_ARGUMENTS).
 
         `state_dict`: to be written instead of this model's own weights.
         """
@@ -344,11 +344,8 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
             flow[part] = {name: value for name, value in config[part].items() if name in names}
             config[part] = {name: value for name, value in config[part].items() if name not in names}
         save_safetensors(state_dict, Path(save_directory) / WEIGHTS_NAME, config)
-        contents = {FLOW_NAME: flow, CONFIG_NAME: config}
-        if not any(flow.values()):
-            del contents[FLOW_NAME]
-            (Path(save_directory) / FLOW_NAME).unlink(missing_ok=True)  # of a model that was saved here before
-        for name, content in contents.items():
+        # Also without such arguments, in place of what a model that was saved or pushed here before had.
+        for name, content in ((FLOW_NAME, flow), (CONFIG_NAME, config)):
             text = json.dumps(content, indent=2)
             write_atomically(Path(save_directory) / name, lambda path, text=text: path.write_text(text))
 
@@ -382,7 +379,7 @@ def build_model(
 def load_model_from_safetensors(safetensors_path: PathLike, device: str | None = None) -> FlexTokFromHub:
     """Load a single-file FlexTok checkpoint, whose header holds the config; the model comes in evaluation mode.
 
-    A flow.json beside it, as of an export, adds to that config.
+    A flow.json beside the model.safetensors of an export adds to that config.
 
     Raises:
         FileNotFoundError, CheckpointError: As load_safetensors, or weights and config do not fit each other.
@@ -394,5 +391,6 @@ def load_model_from_safetensors(safetensors_path: PathLike, device: str | None =
             f"{safetensors_path} has no config in its header: load it with its config.json, by "
             "FlexTokFromHub.from_pretrained(folder)"
         )
-    config = saved_config(config, Path(safetensors_path).parent / FLOW_NAME)
+    path = Path(safetensors_path)
+    config = saved_config(config, path.with_name(FLOW_NAME) if path.name == WEIGHTS_NAME else None)
     return build_model(config, tensors, str(safetensors_path)).to(device or "cpu")

@@ -13,6 +13,7 @@ import huggingface_hub
 import numpy as np
 import pyarrow.compute
 import pyarrow.parquet
+import yaml
 from PIL import Image
 
 from ..utils.config import ConfigError, nearest
@@ -59,7 +60,7 @@ def load_splits(
             found = datasets.load_dataset(path, name, revision=revision)
     except ConfigError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, yaml.YAMLError, datasets.exceptions.DatasetsError) as error:
         at = "" if revision is None else f" --revision {revision}"
         where = "it cannot be read as a dataset (data_config names a configuration)"
         if not folder.exists() and isinstance(error, FileNotFoundError | ConnectionError):

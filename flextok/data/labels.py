@@ -11,14 +11,18 @@ from ..utils.config import ConfigError
 log = logging.getLogger("flextok")
 
 NO_LABEL = re.compile(r"|-[0-9]+(\.0+)?")
-WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # within 64 bits; 007 is a name
-POINT_ZERO = re.compile(r"\.0+$")
+WHOLE_NUMBER = re.compile(r"(0|[1-9][0-9]{0,17}|[1-8][0-9]{18})(\.0+)?")  # within 64 bits; 007 is a name
 
 
 def natural_key(text: str) -> tuple:
     """Sorts texts so that runs of digits compare as numbers: a2 before a10."""
     parts = re.split(r"(\d+)", text.casefold())  # digits are at odd places
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
+
+
+def plain(text: str) -> str:
+    """A whole number without the zeros behind its point, any other text as it is."""
+    return text.partition(".")[0] if WHOLE_NUMBER.fullmatch(text) else text
 
 
 def number_labels(
@@ -48,24 +52,23 @@ def number_labels(
             if any(texts.values()):
                 log.warning("%s: the labels of all %d images are negative, which means that there are none", source, n)
             return None, None
-        whole = {POINT_ZERO.sub("", text) for text in found}
-        if all(map(WHOLE_NUMBER.fullmatch, whole)):
-            numbers = {text: int(text) for text in sorted(whole, key=int)}
+        if all(map(WHOLE_NUMBER.fullmatch, found)):
+            numbers = {text: int(text) for text in sorted(map(plain, found), key=int)}
         else:
             names = sorted(found, key=natural_key)
             numbers = {name: i for i, name in enumerate(names)}
             shown = ", ".join(f"{name} is {i}" for name, i in [*numbers.items()][:3])
             last = f", ..., {names[-1]} is {len(names) - 1}" if len(names) > 3 else ""
             log.info("%s: its %d classes are texts, numbered in natural order: %s%s", source, len(names), shown, last)
-    of_value = {}
+    of_value, known = {}, {name.strip(): number for name, number in numbers.items()}
     for value, text in texts.items():
-        name = text if text in numbers else POINT_ZERO.sub("", text)
-        if name not in numbers and not NO_LABEL.fullmatch(text):
+        name = text if text in known else plain(text)
+        if name not in known and not NO_LABEL.fullmatch(text):
             raise ConfigError(
                 f"{source} has the class {text!r}, which is none of the {len(numbers)} classes of the training images: "
                 "leave its images out, or train on some of them"
             )
-        of_value[value] = numbers.get(name, -1)
+        of_value[value] = known.get(name, -1)
     labels = np.fromiter((of_value[value] for value in values), np.int64, n)
     if (labels < 0).any():
         log.warning("%s: %d of %d images have no class label (-1)", source, (labels < 0).sum(), n)

@@ -185,7 +185,7 @@ def read_shard(path: Path) -> ShardIndex:
                 file.seek(place[0])
                 try:
                     labels[kind][key] = read_label(kind, file.read(place[1]))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     leave_out("labels that cannot be read", f"{member.name}: {error}")
             elif name.suffix.lower() not in IMAGE_ENDS:
                 leave_out(OTHER_FILES, member.name)

@@ -85,6 +85,7 @@ def try_evaluation(config: TrainConfig, data: str, options: Options) -> None:
     images = load_images(data, subject.img_size, n_images=2, n_train=2)
     with tempfile.TemporaryDirectory() as folder:
         Evaluator(subject, images, options, Path(folder)).run()
+    del model, subject
     if options.device != "cpu":
         torch.cuda.empty_cache()  # the arms are trained by other processes
 

@@ -91,6 +91,7 @@ def trainer_state(trainer: Any) -> dict:
         "best_val_loss": trainer.best_val_loss,
         "validation": trainer.evaluator.compared,
         "constant_losses": trainer.constant_losses,
+        "constants_of": trainer.evaluator.constants_of if with_repa else None,
         "nonfinite_steps": trainer.guard.skipped,
         "config": trainer.config.to_dict(),
         "data": trainer.data_identity,
@@ -191,10 +192,10 @@ def _restore(trainer: Any, checkpoint: dict, source: str) -> None:
             restore_weights(module, state, source_of_part)
             kept.add(part)
         elif module is not None:
-            log.info("resume: %s was off at step %d and is now on: a new %s is made from the seed, its moments are "
-                     "empty, the schedule of its weight goes by the run's step", name, step, what)  # fmt: skip
+            log.info("resume: %s is on, but the checkpoint of step %d holds no %s: a new one is made from the seed, "
+                     "with empty moments; its weight is scheduled by the run's step", name, step, what)  # fmt: skip
         elif state is not None:
-            log.info("resume: %s was on at step %d and is now off: the checkpoint's %s and its moments are dropped",
+            log.info("resume: %s is off, but was on at step %d: the checkpoint's %s and its moments are dropped",
                      name, step, what)  # fmt: skip
     restore_optimizer(trainer.optimizer, trainer.parts, kept, optimizer_state, source)
     rates = {group["name"]: group["lr"] for group in optimizer_state["param_groups"]}
@@ -224,9 +225,8 @@ def _restore(trainer: Any, checkpoint: dict, source: str) -> None:
     trainer.start_tokens = None
     if isinstance(tokens, torch.Tensor):  # broadcast where the others can get it, looked at on the CPU
         trainer.start_tokens = from_rank_0(tokens, next(trainer.model.parameters())).cpu()
-    losses = checkpoint.get("constant_losses") or {}
-    # Of this encoder and layers; a version that knew no repa_loss_mean called that repa_loss_constant.
-    trainer.constant_losses = losses if "repa_projector" in kept and "train/repa_loss_mean" in losses else None
+    same_constants = checkpoint.get("constants_of") == trainer.evaluator.constants_of
+    trainer.constant_losses = checkpoint.get("constant_losses") if same_constants and trainer.use_repa else None
     trainer.latest.update(trainer.constant_losses or {})
     trainer.guard.skipped = int(checkpoint.get("nonfinite_steps", 0))
     trainer.wandb_id = checkpoint.get("wandb_id")

@@ -71,7 +71,8 @@ def later_checkpoint(path: Path, step: int) -> tuple[Path, int] | None:
     steps = {}
     for other in path.parent.glob("*.pt"):
         with contextlib.suppress(CheckpointError):
-            steps[other] = read_checkpoint(other).get("global_step", 0)
+            steps[other] = read_checkpoint(other).get("global_step")
+    steps = {other: at for other, at in steps.items() if isinstance(at, int)}
     last = max(steps, key=lambda other: (steps[other], other.name == LATEST), default=path)
     return (last, steps[last]) if steps.get(last, 0) > step else None
 

@@ -1,7 +1,9 @@
 """What a run measures between its steps: losses of validation images, use of the tokens, reconstructions."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -53,13 +55,31 @@ class Evaluator:
         self.counts = sorted({min(k, model.n_registers) for k in config.vis_token_counts})  # of tokens, in pictures
         self._mean_image: torch.Tensor | None = None
 
+    @functools.cached_property
+    def validated(self) -> list:
+        """Which images validations take: how many, and of what data."""
+        identity = getattr(self.val_loader and self.val_loader.dataset, "identity", None)
+        return [self.n_images, identity and identity()]
+
     @property
-    def compared(self) -> dict[str, str | int | float | None]:
+    def compared(self) -> dict[str, Any]:
         """What has to be the same for two values of `best_metric` to compare."""
+        config, metric = self.config, self.config.best_metric
         names = ["best_metric"]
-        if self.config.best_metric.startswith("val/psnr"):
-            names += ["num_psnr_images", "psnr_guidance_scale", "inference_steps"]
-        return {"val_images": self.n_images, **{name: getattr(self.config, name) for name in names}}
+        if metric in ("val/loss", "val/repa_loss"):
+            names += ["use_repa", "repa_weight", "repa_encoder_type"]
+        if metric.startswith("val/psnr"):
+            names += ["num_psnr_images", "num_vis_images", "psnr_guidance_scale", "perform_norm_guidance"]
+            names += ["inference_steps"]
+        if metric.startswith(("val/codes", "val/flow_loss_")):
+            names += ["val_token_images"]
+        return {"images": self.validated, **{name: getattr(config, name) for name in names}}
+
+    @property
+    def constants_of(self) -> dict[str, Any]:
+        """What `constant_losses` depend on."""
+        names = ["encoder_type", "image_size", "target_size", "spatial_norm", "spatial_norm_gamma", "constant_images"]
+        return {"images": self.validated, **{name: getattr(self.config, f"repa_{name}") for name in names}}
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
@@ -86,6 +106,8 @@ class Evaluator:
                 if done >= self.n_images:  # of a loader that is not of build_loaders
                     break
                 batch = Batch.of(batch)
+                if len(batch) > (left := self.n_images - done) and batch.position is None:  # likewise
+                    batch = batch.map(lambda tensor, left=left: tensor[:left])
                 positions = torch.arange(len(batch)) if batch.position is None else batch.position
                 positions = (positions + done).to(self.device)
                 random = BatchRandom(VALIDATION_SEED, VALIDATION_STEP, positions, self.n_images)

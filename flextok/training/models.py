@@ -153,7 +153,7 @@ def _fetch(model_name: str, revision: str | None = None) -> "tuple[dict, dict]":
     if weights is not None and revision is not None:
         raise ConfigError(f"model_revision is {revision}, but model_name is {model_name}, on this machine: remove it")
     if weights is not None:
-        flow_file = weights.parent / FLOW_NAME
+        flow_file = weights.with_name(FLOW_NAME) if weights.name == WEIGHTS_NAME else None
     else:
         from huggingface_hub import hf_hub_download
 

@@ -62,13 +62,15 @@ def prepare_run_dir(folder: Path, config: TrainConfig, branched_from: Path | Non
     """
     check_writable(folder / "checkpoints")
     write_config(folder, config)
-    if branched_from is not None and (branched_from / METRICS).is_file() and not (folder / METRICS).exists():
+    has_begun = any((folder / "checkpoints").glob("*.pt"))
+    if branched_from is not None and (branched_from / METRICS).is_file() and not has_begun:
         write_atomically(folder / METRICS, lambda path: shutil.copyfile(branched_from / METRICS, path))
 
 
 def run_of(checkpoint: Path) -> Path | None:
     """The folder of the run that a checkpoint lies in, if it does."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+    folder = checkpoint.parent if checkpoint.parent.name else checkpoint.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else None
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

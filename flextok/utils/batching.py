@@ -120,7 +120,7 @@ def _merge(results: list[tuple[list[int], Any]], n: int, before: Any) -> list | 
         is_batch = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(indices)
         for i, one in zip(indices, value.split(1) if is_batch else [value] * len(indices), strict=True):
             values[i] = one
-    if all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in values):
+    if all(isinstance(value, torch.Tensor) and value.ndim == 0 and value.is_floating_point() for value in values):
         return torch.stack(values).mean()
     if not _is_list_of_images(values) or len({value.shape for value in values}) > 1:
         return values
