@@ -272,7 +272,7 @@ NUMBERS = list(range(12))
         ([*NUMBERS, -1], [*NUMBERS, None]),
         ([*map(float, NUMBERS), None], [*NUMBERS, None]),
         ([*map(str, NUMBERS), ""], [*NUMBERS, None]),
-        ([5, 999999, 2], [5, 999999, 2]),
+        ([5, 999999, 1234567890123456789], [5, 999999, 1234567890123456789]),
         (["a10", "a2", "b", None], [1, 0, 2, None]),
         (["10", "9", "x"], [1, 0, 2]),
         ([-1, -1], [None, None]),
@@ -447,3 +447,13 @@ def test_joined_archives_and_hard_links_are_read_and_symbolic_links_counted(tmp_
         file.write(second[:1000])
     with pytest.raises(UserError, match="1.tar cannot be read as a shard"):
         built(**first)
+
+
+def test_the_runs_seed_changes_neither_the_split_nor_the_crops_that_are_cached(tmp_path):
+    for i in range(12):
+        picture(i).save(tmp_path / f"{i}.png")
+    crops = dict(dataset_name="folder", crop="random_resized", crop_scale=[0.2, 0.3], cache_crops=3, val_fraction=0.25)
+    first, second = (built(data_path=str(tmp_path), seed=seed, **crops) for seed in (0, 1))
+    assert [d.paths for d in first] == [d.paths for d in second]
+    assert torch.equal(*(train.views(0, 3)["image"] for train, _ in (first, second)))
+    assert first[0].crop_scale == [0.2, 0.3]

@@ -9,7 +9,7 @@ import torch
 from tiny_runs import make_trainer, read_latest, read_metrics, run_main, settings
 
 import train_flextok
-from flextok.training import models
+from flextok.training import models, token_use
 from flextok.training.config import TrainConfig
 from flextok.training.token_use import tokens_warning
 from flextok.utils.config import ConfigError
@@ -148,3 +148,14 @@ def test_a_run_that_is_resumed_at_its_end_logs_nothing_twice(tmp_path):
         run_main(tmp_path, run_dir=tmp_path / "run", resume="latest", **{**DIGITS, "num_epochs": 1, "batch_size": 500})
     steps = [record["step"] for record in read_metrics(tmp_path / "run") if "val/psnr_k1" in record]
     assert steps == [3]
+
+
+def test_the_mean_image_is_of_images_from_all_over_the_set(monkeypatch):
+    monkeypatch.setattr(token_use, "MEAN_IMAGES", 2)
+    images = [torch.full((3, 2, 2), float(i)) for i in range(4)]
+    assert token_use.mean_image(images, 1).unique().tolist() == [1.0]  # of 0 and 2
+
+
+def test_more_codes_and_psnr_are_better_and_less_loss():
+    better = [token_use.more_is_better(f"val/{name}") for name in ("codes_distinct_1", "psnr_k4", "flow_loss")]
+    assert better == [True, True, False]
