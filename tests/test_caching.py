@@ -87,6 +87,11 @@ def test_an_encoder_that_a_cache_stands_in_for_is_not_loaded(whole):
         sum(p.numel() for p in cached.repa_module.encoder.parameters())
 
 
+def test_validation_has_its_features_however_early_the_alignment_ends(whole):
+    cached = make_trainer(cache_dir=str(whole / "cache"), **CACHED | dict(repa_stop=1, val_batch_size=2))
+    assert [batch.features is not None for batch in cached.val_loader] == [True] * 3
+
+
 def test_resuming_a_run_with_caches_is_exact(whole, full):
     expected, parts = read_latest(whole / "whole"), read_latest(full)
     for key in ("model_state_dict", "optimizer_state_dict", "repa_module_state_dict", "constant_losses"):
@@ -248,9 +253,11 @@ def test_no_image_is_read_when_one_command_has_cached_everything(tmp_path, vae_f
     assert len(losses_of(tmp_path / "run", "train/loss")) == 3
 
 
-def test_latents_of_another_vae_are_refused(tmp_path, vae_folder):
+def test_latents_of_another_vae_or_precision_are_refused(tmp_path, vae_folder):
     changes = dict(cache_latents=True, use_repa=False)
     fill(tmp_path, **latent_settings(vae_folder, **changes))
+    bf16 = latent_settings(vae_folder, **changes, vae_dtype="bf16")
+    refused(tmp_path, tmp_path / "cache", "dtype was '.*', now 'torch.bfloat16'", **bf16)
     save_tiny_vae(tmp_path / "vae", seed=1)
     refused(tmp_path, tmp_path / "cache", "vae was '.*', now '.*'", **latent_settings(tmp_path / "vae", **changes))
 

@@ -207,8 +207,8 @@ def test_without_dinov2_another_encoder_is_used_and_named(run, tmp_path, monkeyp
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(evaluate, "load_encoder", load)
-    evaluator = make_evaluator(run, tmp_path, encoder=None, encoder_image_size=None)
-    assert evaluator.encoder.name == "efficientnet_lite0"
+    evaluator = make_evaluator(run, tmp_path, encoder=None, encoder_image_size=None, precision="bf16")
+    assert evaluator.encoder.name == "efficientnet_lite0" and evaluator.encoder.dtype == torch.bfloat16
     assert "efficientnet_lite0 is used instead" in evaluator.skipped["fd with dinov2_vitl14"]
 
 
