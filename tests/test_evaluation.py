@@ -97,7 +97,11 @@ def test_everything_is_in_fp32_unless_bf16_is_asked_for_and_parts_belong_to_a_pr
         module = evaluator.subject.repa_module(evaluator.device, evaluator.options.precision)
         assert evaluator.encoder.dtype == module.load_encoder().dtype == dtype
         settings.append(evaluator.settings())
+        seen = set()
+        note = lambda *_, seen=seen: seen.add(torch.is_autocast_enabled("cpu"))  # noqa: E731
+        evaluator.model.encoder.register_forward_pre_hook(note)
         evaluator.run()
+        assert seen == {dtype == torch.bfloat16}
         assert json.loads((tmp_path / "parts" / "settings.json").read_text()) == settings[-1]
     assert [(one["device"], one["precision"]) for one in settings] == [("cpu", "fp32"), ("cpu", "bf16")]
 
