@@ -230,8 +230,11 @@ def test_resume_latest_finds_the_newest_run_of_this_config_or_starts_afresh(tmp_
     runs = run(1, use_repa=False, wandb_run_name="tiny-2-20260101-120000")  # another experiment: it begins alike
     (other,) = runs.keys() - {first, with_repa}
     assert run(2, use_repa=False) == {first: 2, with_repa: 1, other: 1}
-    run_main(tmp_path, max_steps=1, use_repa=False)  # a newer one
-    assert sorted(run(3, use_repa=False).values()) == [1, 1, 2, 3]
+    run_main(tmp_path, run_dir=tmp_path / "runs" / "tiny-20250101-000000", max_steps=1, use_repa=False)
+    for name in (first, "tiny-20250101-000000", first):  # whichever was written last
+        os.utime(tmp_path / "runs" / name / "checkpoints" / "latest.pt")
+        step = read_latest(tmp_path / "runs" / name)["global_step"]
+        assert run(step + 1, use_repa=False)[name] == step + 1
 
 
 def test_a_run_folder_in_use_is_not_overwritten_and_holds_the_config_in_force(tmp_path):
@@ -275,9 +278,6 @@ def test_any_checkpoint_can_be_exported_by_command(tmp_path, monkeypatch):
     assert same(dict(raw), dict(trainer.model.state_dict()))
     assert same(dict(averaged), FlexTokFromHub.from_pretrained(tmp_path / "run" / "export").state_dict() | {})
     assert not same(dict(raw), dict(averaged))
-
-
-# --------------------------------------------------------------------------------------------------------------- models
 
 
 @pytest.fixture(scope="module")
