@@ -266,7 +266,7 @@ def test_an_ablation_trains_evaluates_and_reports_and_does_nothing_twice(tmp_pat
     monkeypatch.setattr(command, "write_report", lambda *_: None)
     draw_no_curves(monkeypatch.setattr)
     config = tmp_path / "ablate.yaml"
-    config.write_text(yaml.safe_dump(settings(num_epochs=1, photos_train_crops=8, photos_val_crops=2, use_repa=False)))
+    config.write_text(yaml.safe_dump(settings(num_epochs=1, photos_train_crops=8, photos_val_crops=2, seed=7)))
     out = tmp_path / "ablation"
     options = "--n-images 4 --tokens 8 --inference-steps 1 --encoder efficientnet_lite0 --encoder-image-size 64".split()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -277,6 +277,7 @@ def test_an_ablation_trains_evaluates_and_reports_and_does_nothing_twice(tmp_pat
     for arm in result["arms"]:
         (run,) = arm["runs"]
         assert run["seconds"] == 2.5 and run["curves"]["step"] == [1, 2]
+        assert yaml.safe_load((out / arm["name"] / "seed0" / "run" / "config.yaml").read_text())["seed"] == 0
         records = read_metrics(out / arm["name"] / "seed0" / "run", timing=True)
         peak = max(record.get("train/memory_gb", 0) for record in records)
         assert run["peak_memory_bytes"] == pytest.approx(1e9 * peak) and peak > 0.05
