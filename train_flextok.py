@@ -404,11 +404,11 @@ class FlexTokTrainer:
         """
         self.model.train()
         step_in_epoch, sampler = self.global_step % self.steps_per_epoch, self.train_loader.batch_sampler
-        if isinstance(micro_batches, list):
-            n, total = len(micro_batches), sum(batch.size for batch in micro_batches)
+        is_list = isinstance(micro_batches, list)
+        n = len(micro_batches) if is_list else sampler.micro_batches(step_in_epoch)
+        if is_list and world_size() == 1:
+            total = sum(batch.size for batch in micro_batches)
         else:
-            n, total = sampler.micro_batches(step_in_epoch), sampler.window_size(step_in_epoch)
-        if world_size() > 1:
             total = sampler.window_size(step_in_epoch)
         self.images_in_step, self.step_indices = total, []
         losses: dict[str, torch.Tensor] = {}

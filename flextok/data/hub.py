@@ -88,10 +88,10 @@ def local_files(folder: Path, name: str | None, setting: str = "data_path") -> d
     files = [folder / name for name in names if (folder / name).is_file()]
     parquet = [file for file in files if file.suffix.lower() == ".parquet"]
     card = folder / "README.md"
-    has_card = card.is_file() and card.read_text(errors="replace").startswith("---")
-    if has_card:
-        has_card = "configs" in huggingface_hub.DatasetCard.load(card).data.to_dict()
-    if parquet and not has_card:
+    has_configs = False
+    if card.is_file() and card.read_text(errors="replace").startswith("---"):
+        has_configs = "configs" in huggingface_hub.DatasetCard.load(card).data.to_dict()
+    if parquet and not has_configs:
         if name not in (None, "default"):
             raise ConfigError(f"data_config is {name!r}, but {folder} has no data card (README.md) with configs")
         splits: dict[str, list[str]] = {}
@@ -119,10 +119,10 @@ def local_files(folder: Path, name: str | None, setting: str = "data_path") -> d
             raise ConfigError(f"{file} cannot be read as parquet ({error}): copy it again") from error
         for column, feature in features.items():
             if isinstance(feature, datasets.ClassLabel):
-                other, names = first.setdefault(column, (file, feature.names))
-                if names != feature.names:
+                other, classes = first.setdefault(column, (file, feature.names))
+                if classes != feature.names:
                     raise ConfigError(
-                        f"the class names of the column {column} are {names} in {other}, but {feature.names} in "
+                        f"the class names of the column {column} are {classes} in {other}, but {feature.names} in "
                         f"{file}: write the files anew with the same names, in the same order"
                     )
     return arguments
